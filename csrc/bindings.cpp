@@ -1,0 +1,14 @@
+#include <ATen/record_function.h>
+#include <torch/extension.h>
+
+#include "stepper.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  namespace py = pybind11;
+  py::class_<sgdr::Stepper>(module, "Stepper")
+      .def(py::init<py::function, py::function>(), py::arg("sync_group"), py::arg("local_tensor"))
+      .def("step", &sgdr::Stepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"));
+  module.def("is_profiling", [] {
+    return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
+  });
+}

@@ -1,0 +1,62 @@
+// Notices whether a Python dict holds the same objects as before, in one walk and without hashing a key.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+namespace sgdr {
+
+namespace py = pybind11;
+
+// Note [No stale pointers]
+// In the steady state a step does no Python work per parameter, and yet it never trusts a pointer from the step before.
+// It compares, by identity, what param_groups and state hold now with what they held then, and reads the memory
+// addresses anew from the tensors. Whatever differs (a new buffer after load_state_dict, a parameter unfrozen,
+// param_group["momentum"] = 0.8) takes the slow path once. The snapshot owns the objects it has seen, so an address
+// cannot come to stand for another object.
+class DictSnapshot {
+ public:
+  bool matches(PyObject* dict) const {
+    if (PyDict_Size(dict) != static_cast<Py_ssize_t>(items_.size())) return false;
+    Py_ssize_t position = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    for (const auto& [seen_key, seen_value] : items_) {
+      if (!PyDict_Next(dict, &position, &key, &value)) return false;
+      if (key != seen_key.ptr() || value != seen_value.ptr()) return false;
+    }
+    return true;
+  }
+
+  void take(PyObject* dict) {
+    items_.clear();
+    Py_ssize_t position = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    while (PyDict_Next(dict, &position, &key, &value)) {
+      items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+    }
+  }
+
+  bool empty() const { return items_.empty(); }
+
+  size_t index_of(PyObject* name) const {
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (items_[i].first.equal(py::handle(name))) return i;
+    }
+    throw py::key_error(py::str(py::handle(name)).cast<std::string>());
+  }
+
+  const py::object& value(size_t index) const { return items_[index].second; }
+
+  // Sets dict[key] to a value of ours, which is then no change.
+  void store(PyObject* dict, size_t index, py::object value) {
+    if (PyDict_SetItem(dict, items_[index].first.ptr(), value.ptr()) != 0) throw py::error_already_set();
+    items_[index].second = std::move(value);
+  }
+
+ private:
+  std::vector<std::pair<py::object, py::object>> items_;
+};
+
+}  // namespace sgdr

@@ -1,0 +1,368 @@
+#include "stepper.h"
+
+#include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/DispatchKeySet.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+
+namespace sgdr {
+namespace {
+
+#define SGDR_INTERNED(name)                                              \
+  PyObject* name() {                                                     \
+    static PyObject* const string = PyUnicode_InternFromString(#name);   \
+    return string;                                                       \
+  }
+SGDR_INTERNED(params)
+SGDR_INTERNED(lr)
+SGDR_INTERNED(initial_lr)
+SGDR_INTERNED(momentum)
+SGDR_INTERNED(dampening)
+SGDR_INTERNED(weight_decay)
+SGDR_INTERNED(decoupled_weight_decay)
+SGDR_INTERNED(nesterov)
+SGDR_INTERNED(maximize)
+SGDR_INTERNED(T_0)
+SGDR_INTERNED(T_mult)
+SGDR_INTERNED(eta_min)
+SGDR_INTERNED(steps_per_epoch)
+SGDR_INTERNED(anneal)
+SGDR_INTERNED(warmup_steps)
+SGDR_INTERNED(warmup_start_lr)
+SGDR_INTERNED(cycle_decay)
+SGDR_INTERNED(n_cycles)
+SGDR_INTERNED(reset_momentum)
+SGDR_INTERNED(step)
+SGDR_INTERNED(cycle)
+SGDR_INTERNED(T_cur)
+SGDR_INTERNED(T_i)
+SGDR_INTERNED(momentum_buffer)
+#undef SGDR_INTERNED
+
+// Borrowed, or null where the dict has no such key.
+PyObject* find(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+py::handle get(PyObject* dict, PyObject* key) {
+  PyObject* value = find(dict, key);
+  if (value == nullptr) throw py::key_error(py::str(py::handle(key)).cast<std::string>());
+  return value;
+}
+
+double number(PyObject* dict, PyObject* key) {
+  const double value = PyFloat_AsDouble(get(dict, key).ptr());
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+int64_t integer(PyObject* dict, PyObject* key) {
+  const int64_t value = PyLong_AsLongLong(get(dict, key).ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+bool truth(PyObject* dict, PyObject* key) {
+  const int value = PyObject_IsTrue(get(dict, key).ptr());
+  if (value == -1) throw py::error_already_set();
+  return value != 0;
+}
+
+std::optional<ElementType> element_type(const at::TensorImpl& tensor) {
+  switch (c10::typeMetaToScalarType(tensor.dtype())) {
+    case at::kFloat:
+      return ElementType::kFloat;
+    case at::kDouble:
+      return ElementType::kDouble;
+    case at::kHalf:
+      return ElementType::kHalf;
+    case at::kBFloat16:
+      return ElementType::kBFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+// An ordinary dense CPU tensor: no subclass, no lazy conjugation or negation.
+bool is_plain(const at::TensorImpl& tensor) {
+  static const c10::DispatchKeySet kPlain = [] {
+    const c10::InferenceMode off(false);
+    return at::empty({0}).unsafeGetTensorImpl()->key_set();
+  }();
+  return tensor.key_set() == kPlain;
+}
+
+// The two hold the same elements in the same order of memory, without gaps.
+bool is_alike(const at::TensorImpl& param, const at::TensorImpl& other) {
+  if (!param.sizes().equals(other.sizes())) return false;
+  if (param.is_contiguous()) return other.is_contiguous();
+  return param.is_non_overlapping_and_dense() && param.strides().equals(other.strides());
+}
+
+}  // namespace
+
+bool Stepper::step(const py::list& param_groups, const py::dict& state, double grad_scale) {
+  if (is_stepping_) throw std::runtime_error("step() was called on an optimizer whose step() is still running");
+  const struct Guard {
+    explicit Guard(Stepper& stepper) : stepper(stepper) { stepper.is_stepping_ = true; }
+    ~Guard() {
+      stepper.is_stepping_ = false;
+      stepper.new_buffers_.clear();
+      stepper.copy_back_.clear();
+      stepper.kept_alive_.clear();
+    }
+    Stepper& stepper;
+  } guard(*this);
+  const at::NoGradGuard no_grad;
+
+  sync_groups(param_groups);
+  group_steps_.clear();
+  for (Group& group : groups_) {
+    group.update.scalars.grad_divisor = group.maximize ? -grad_scale : grad_scale;
+    group_steps_.push_back(group.update);
+  }
+  if (!gather(state.ptr())) return false;
+  run();
+  store_momentum_buffers(state);
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    advance_group(groups_[i], PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), state);
+  }
+  return true;
+}
+
+void Stepper::sync_groups(const py::list& param_groups) {
+  groups_.resize(param_groups.size());
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
+    Group& group = groups_[i];
+    if (group.items.matches(dict)) continue;
+    const py::object lr_before = group.items.empty() ? py::none() : group.items.value(group.lr_index);
+    group.items = DictSnapshot();
+    sync_group_(py::handle(dict), lr_before);
+    read_group(group, dict);
+  }
+}
+
+void Stepper::read_group(Group& group, PyObject* dict) {
+  const bool by_epoch = get(dict, anneal()).cast<std::string>() == "epoch";
+  const int64_t epoch = integer(dict, steps_per_epoch());
+  const py::handle end = get(dict, n_cycles());
+  group.schedule = {.eta_max = number(dict, initial_lr()),
+                    .eta_min = number(dict, eta_min()),
+                    .T_mult = number(dict, T_mult()),
+                    .cycle_decay = number(dict, cycle_decay()),
+                    .warmup_start_lr = number(dict, warmup_start_lr()),
+                    .T_0 = integer(dict, T_0()) * epoch,
+                    .anneal_every = by_epoch ? epoch : 1,
+                    .warmup_steps = integer(dict, warmup_steps()),
+                    .n_cycles = end.is_none() ? kEndless : end.cast<int64_t>()};
+  group.position = {.step = integer(dict, sgdr::step()),
+                    .cycle = integer(dict, cycle()),
+                    .T_cur = integer(dict, T_cur()),
+                    .T_i = integer(dict, T_i())};
+  const double decay = number(dict, weight_decay());
+  group.update = {.scalars = {.lr = number(dict, lr()),
+                              .momentum = number(dict, momentum()),
+                              .dampening = number(dict, dampening()),
+                              .weight_decay = decay,
+                              .grad_divisor = 1},
+                  .weight_decay = decay == 0                              ? WeightDecay::kNone
+                                  : truth(dict, decoupled_weight_decay()) ? WeightDecay::kDecoupled
+                                                                          : WeightDecay::kL2,
+                  .momentum = number(dict, momentum()) != 0,
+                  .nesterov = truth(dict, nesterov())};
+  group.maximize = truth(dict, maximize());
+  group.reset_momentum = truth(dict, reset_momentum());
+
+  group.items.take(dict);
+  group.lr_index = group.items.index_of(lr());
+  group.step_index = group.items.index_of(sgdr::step());
+  group.cycle_index = group.items.index_of(cycle());
+  group.T_cur_index = group.items.index_of(T_cur());
+  group.T_i_index = group.items.index_of(T_i());
+  group.params_index = group.items.index_of(params());
+}
+
+// Looks every parameter's state up, which hashes it: the slow path.
+void Stepper::find_slots(PyObject* state) {
+  state_.take(state);
+  slots_.clear();
+  for (const Group& group : groups_) {
+    PyObject* list = group.params();
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      PyObject* param = PyList_GET_ITEM(list, i);
+      slots_.push_back({param, find(state, param)});
+    }
+  }
+}
+
+bool Stepper::gather(PyObject* state) {
+  if (!state_.matches(state)) find_slots(state);
+  numel_ = 0;
+  entries_.clear();
+  operands_.clear();
+  size_t slot = 0;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    PyObject* list = groups_[i].params();
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j, ++slot) {
+      if (slot >= slots_.size() || slots_[slot].param != PyList_GET_ITEM(list, j)) find_slots(state);
+      if (!gather_param(groups_[i], static_cast<uint32_t>(i), slots_[slot])) return false;
+    }
+  }
+  return true;
+}
+
+bool Stepper::gather_param(const Group& group, uint32_t index, const Slot& slot) {
+  if (!THPVariable_Check(slot.param)) return false;
+  const at::Tensor& param = THPVariable_Unpack(slot.param);
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (!grad.defined()) return true;
+
+  at::Tensor new_buffer;
+  const at::Tensor* buffer = &new_buffer;
+  if (group.update.momentum) {
+    PyObject* stored = slot.state == nullptr ? nullptr : find(slot.state, momentum_buffer());
+    if (stored != nullptr && stored != Py_None) {
+      if (!THPVariable_Check(stored)) return false;
+      buffer = &THPVariable_Unpack(stored);
+    } else {
+      new_buffer = at::empty_like(param);
+      new_buffers_.push_back({slot.param, new_buffer});
+    }
+  }
+
+  const TensorEntry blank{.group = index, .first_step = new_buffer.defined()};
+  return add_entry(blank, param, grad, *buffer) || add_unusual(blank, param, grad, *buffer);
+}
+
+// Adds the entry if all its tensors are plain, of a type we know and alike in layout.
+bool Stepper::add_entry(TensorEntry entry, const at::Tensor& param, const at::Tensor& grad,
+                        const at::Tensor& buffer) {
+  at::TensorImpl& param_impl = *param.unsafeGetTensorImpl();
+  const at::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
+  if (!is_plain(param_impl) || !is_plain(grad_impl) || !is_alike(param_impl, grad_impl)) return false;
+  const auto param_type = element_type(param_impl);
+  const auto grad_type = element_type(grad_impl);
+  if (!param_type || !grad_type) return false;
+  entry.param_type = *param_type;
+  entry.grad_type = *grad_type;
+
+  at::TensorImpl* buffer_impl = nullptr;
+  if (buffer.defined()) {
+    buffer_impl = buffer.unsafeGetTensorImpl();
+    const auto momentum_type = element_type(*buffer_impl);
+    if (!is_plain(*buffer_impl) || !is_alike(param_impl, *buffer_impl) || !momentum_type) return false;
+    entry.momentum_type = *momentum_type;
+    entry.momentum_buffer = buffer.mutable_data_ptr();
+  }
+  entry.param = param.mutable_data_ptr();
+  entry.grad = grad.const_data_ptr();
+  entry.numel = param_impl.numel();
+  numel_ += entry.numel;
+  entries_.push_back(entry);
+  operands_.push_back({&param_impl, grad.unsafeGetTensorImpl(), buffer_impl});
+  return true;
+}
+
+// Shards, complex numbers and layouts that differ: brought to the plain form, by a copy where nothing less will do.
+bool Stepper::add_unusual(TensorEntry entry, const at::Tensor& param, const at::Tensor& grad,
+                          const at::Tensor& buffer) {
+  const at::Tensor plain_param = to_plain(param, param);
+  const at::Tensor plain_grad = to_plain(grad, param);
+  if (!plain_param.defined() || !plain_grad.defined()) return false;
+  if (at::has_internal_overlap(plain_param) == at::MemOverlap::Yes) return false;
+  const at::Tensor flat_param = to_layout_of(plain_param, plain_param, true);
+  const at::Tensor flat_grad = to_layout_of(plain_grad, flat_param, false);
+  at::Tensor flat_buffer;
+  if (buffer.defined()) {
+    const at::Tensor plain_buffer = to_plain(buffer, param);
+    if (!plain_buffer.defined()) return false;
+    flat_buffer = to_layout_of(plain_buffer, flat_param, true);
+    if (!flat_buffer.defined()) return false;
+  }
+  if (!flat_grad.defined() || !add_entry(entry, flat_param, flat_grad, flat_buffer)) return false;
+  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  return true;
+}
+
+// The tensor as plain memory of real numbers that share its storage (but for a conjugate), or undefined.
+at::Tensor Stepper::to_plain(const at::Tensor& tensor, const at::Tensor& param) {
+  at::Tensor plain = tensor;
+  if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
+    const py::object local = local_tensor_(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)),
+                                           py::reinterpret_steal<py::object>(THPVariable_Wrap(param)));
+    if (local.is_none()) return {};
+    plain = THPVariable_Unpack(local.ptr());
+  }
+  if (!plain.device().is_cpu() || plain.layout() != at::kStrided) return {};
+  plain = plain.resolve_conj().resolve_neg();
+  if (plain.is_complex()) plain = at::view_as_real(plain);
+  kept_alive_.push_back(plain);
+  return plain;
+}
+
+// The tensor itself, or a copy whose elements lie in the order of another's; undefined if the shapes differ.
+at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& other, bool is_written) {
+  if (!tensor.sizes().equals(other.sizes())) return {};
+  if (is_alike(*other.unsafeGetTensorImpl(), *tensor.unsafeGetTensorImpl())) return tensor;
+  at::Tensor copy = at::empty_like(other, other.options().dtype(tensor.scalar_type()));
+  copy.copy_(tensor);
+  if (is_written) copy_back_.push_back({tensor, copy});
+  kept_alive_.push_back(copy);
+  return copy;
+}
+
+void Stepper::run() {
+  const FusedStep fused_step{.tensors = entries_, .groups = group_steps_, .numel = numel_};
+  if (numel_ < kParallelNumel) {
+    // Handing the GIL over would cost more than the work.
+    fused_step_cpu(fused_step);
+  } else {
+    for (const Operands& operands : operands_) {
+      for (at::TensorImpl* tensor : {operands.param, operands.grad, operands.momentum_buffer}) {
+        if (tensor == nullptr) continue;
+        kept_alive_.emplace_back(
+            c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
+      }
+    }
+    const py::gil_scoped_release no_gil;
+    fused_step_cpu(fused_step);
+  }
+  for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
+  for (const Operands& operands : operands_) {
+    operands.param->bump_version();
+    if (operands.momentum_buffer != nullptr) operands.momentum_buffer->bump_version();
+  }
+}
+
+void Stepper::store_momentum_buffers(const py::dict& state) {
+  for (const NewBuffer& created : new_buffers_) {
+    const py::object buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(created.momentum_buffer));
+    const py::object of_param = state[py::handle(created.param)];
+    of_param[py::handle(momentum_buffer())] = buffer;
+  }
+}
+
+void Stepper::advance_group(Group& group, PyObject* dict, const py::dict& state) {
+  advance(group.schedule, group.position);
+  group.update.scalars.lr = learning_rate(group.schedule, group.position);
+  group.items.store(dict, group.lr_index, py::float_(group.update.scalars.lr));
+  group.items.store(dict, group.step_index, py::int_(group.position.step));
+  group.items.store(dict, group.T_cur_index, py::int_(group.position.T_cur));
+  if (group.position.T_cur != 0) return;
+  group.items.store(dict, group.cycle_index, py::int_(group.position.cycle));
+  group.items.store(dict, group.T_i_index, py::int_(group.position.T_i));
+  if (!group.reset_momentum || !at_restart(group.schedule, group.position)) return;
+  for (const py::handle param : py::reinterpret_borrow<py::list>(group.params())) {
+    if (PyObject* of_param = find(state.ptr(), param.ptr()); of_param != nullptr && find(of_param, momentum_buffer()))
+      py::reinterpret_borrow<py::dict>(of_param).attr("pop")(py::handle(momentum_buffer()));
+  }
+}
+
+}  // namespace sgdr

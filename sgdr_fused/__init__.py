@@ -1,0 +1,6 @@
+"""SGD with momentum and cosine warm restarts as one fused optimizer step."""
+
+from sgdr_fused.optimizer import FusedSGDR
+from sgdr_fused.schedule import CosineWarmRestarts, Position, fit_T_0
+
+__all__ = ["CosineWarmRestarts", "FusedSGDR", "Position", "fit_T_0"]

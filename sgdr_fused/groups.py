@@ -1,0 +1,85 @@
+"""The options of a param group: checked, and kept in step with its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from sgdr_fused.schedule import CosineWarmRestarts, Position
+
+__all__ = ["check_group", "drop_momentum", "move_group", "position_of", "sync_group"]
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises for an option that is out of its range.
+
+    Args:
+        group: A param group with all its options.
+
+    Raises:
+        ValueError: Names the option, its value and the range.
+    """
+    schedule = CosineWarmRestarts.of_group(group)
+    lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
+    if not _is_finite(lr) or lr < 0:
+        raise ValueError(f"Invalid learning rate: {lr}; lr must be finite and >= 0")
+    if not _is_finite(momentum) or momentum < 0:
+        raise ValueError(f"Invalid momentum value: {momentum}; momentum must be finite and >= 0")
+    if not _is_finite(dampening):
+        raise ValueError(f"Invalid dampening value: {dampening}; dampening must be finite")
+    if not _is_finite(group["weight_decay"]) or group["weight_decay"] < 0:
+        raise ValueError(
+            f"Invalid weight_decay value: {group['weight_decay']}; weight_decay must be finite and >= 0"
+        )
+    if group["nesterov"] and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            "Nesterov momentum requires a momentum and zero dampening, "
+            f"but got momentum={momentum}, dampening={dampening}"
+        )
+    if group["T_cur"] < -schedule.warmup_steps:
+        raise ValueError(
+            f"warmup_steps={schedule.warmup_steps} is less than the {-group['T_cur']} steps of warm-up "
+            "that are still to run; call seek() to leave the warm-up"
+        )
+
+
+def position_of(group: Mapping[str, Any]) -> Position:
+    """Where a group's schedule stands."""
+    return Position(*(group[name] for name in Position._fields))
+
+
+def move_group(group: MutableMapping[str, Any], position: Position) -> None:
+    """Sets a group's schedule to a position, and its LR to the LR there."""
+    group.update(position._asdict(), lr=CosineWarmRestarts.of_group(group).lr_of(position))
+
+
+def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
+    """Makes the next step of each parameter its first, in which the momentum buffer starts as the gradient."""
+    for param in group["params"]:
+        if param in state:
+            state[param].pop("momentum_buffer", None)
+
+
+def sync_group(group: MutableMapping[str, Any], lr_before: float | None) -> None:
+    """Takes a change of a group's options over; called before the first step that sees it.
+
+    Args:
+        group: A param group.
+        lr_before: The object that ``lr`` was after the last step; None before the first. If it still is, the LR is
+            computed anew, for the schedule may have changed; if not, it was set by hand and holds for the next step.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+    if isinstance(group["lr"], Tensor):
+        group["lr"] = float(group["lr"])
+    check_group(group)
+    if group["lr"] is lr_before:
+        move_group(group, position_of(group))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,281 @@
+"""The cosine schedule with warm restarts, in closed form and plain Python.
+
+The native backends advance the same schedule step by step; this file is what they are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+__all__ = ["CosineWarmRestarts", "Position", "fit_T_0"]
+
+Anneal = Literal["step", "epoch"]
+
+# Cycles this long never end; up to here every length is an exact double.
+_LONGEST_CYCLE = 2**53
+
+
+class Position(NamedTuple):
+    """Where a schedule stands before its next step.
+
+    Attributes:
+        step: Optimizer steps applied so far.
+        cycle: Cycles completed, or cut short by a restart.
+        T_cur: Steps since the cycle began; below zero during warm-up.
+        T_i: Length of the cycle in steps.
+    """
+
+    step: int
+    cycle: int
+    T_cur: int
+    T_i: int
+
+
+@dataclass(frozen=True)
+class CosineWarmRestarts:
+    r"""Cosine annealing with warm restarts (SGDR), optionally with warm-up, shrinking peaks and an end.
+
+    Cycle :math:`i` lasts :math:`T_i = \mathrm{round}(T_0 \cdot \mathtt{steps\_per\_epoch} \cdot
+    T_\mathrm{mult}^i)` steps, in which
+
+    .. math::
+        \eta = \eta_{min} + (\mathtt{lr} - \eta_{min}) \cdot \mathtt{cycle\_decay}^i \cdot
+        \frac{1 + \cos(\pi \, T_{cur} / T_i)}{2}, \qquad T_{cur} = 0, \dots, T_i - 1.
+
+    With the default options this is :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`, stepped once an
+    optimizer step, to the bit; and exact at the restarts where the latter's ``step(epoch)`` is not.
+
+    Args:
+        lr: Peak of the first cycle, :math:`\eta_{max}`.
+        T_0: Length of the first cycle, in epochs of ``steps_per_epoch`` steps.
+        T_mult: Factor by which each cycle is longer than the one before; a real number >= 1.
+        eta_min: LR that each cycle falls towards; at most ``lr``.
+        steps_per_epoch: Optimizer steps in an epoch, the unit of ``T_0``.
+        anneal: ``"step"`` changes the LR at each step; ``"epoch"`` keeps it for an epoch, as when torch's
+            ``scheduler.step()`` is called once an epoch.
+        warmup_steps: Steps of a linear ramp, once, before the first cycle.
+        warmup_start_lr: LR at the foot of that ramp.
+        cycle_decay: Factor by which each cycle's peak, taken from ``eta_min``, is lower than the one before.
+        n_cycles: Number of cycles after which the LR stays at ``eta_min``; None: endless.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    References:
+        Loshchilov and Hutter, *SGDR: Stochastic Gradient Descent with Warm Restarts*, ICLR 2017,
+        https://arxiv.org/abs/1608.03983, equation 5.
+    """
+
+    lr: float
+    T_0: int
+    T_mult: float = 1
+    eta_min: float = 0.0
+    steps_per_epoch: int = 1
+    anneal: Anneal = "step"
+    warmup_steps: int = 0
+    warmup_start_lr: float = 0.0
+    cycle_decay: float = 1.0
+    n_cycles: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        if not _is_finite(self.lr) or self.lr < 0:
+            raise ValueError(f"Invalid learning rate: {self.lr}; lr must be finite and >= 0")
+        for name, least in (("T_0", 1), ("steps_per_epoch", 1), ("warmup_steps", 0)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise ValueError(f"Expected an integer {name} >= {least}, but got {name}={value!r}")
+        if self.n_cycles is not None and (not _is_int(self.n_cycles) or self.n_cycles < 1):
+            raise ValueError(f"Expected an integer n_cycles >= 1 or None, but got {self.n_cycles!r}")
+        if not _is_finite(self.T_mult) or self.T_mult < 1:
+            raise ValueError(f"Expected a finite T_mult >= 1, but got T_mult={self.T_mult!r}")
+        for name in ("eta_min", "warmup_start_lr", "cycle_decay"):
+            value = getattr(self, name)
+            if not _is_finite(value) or value < 0:
+                raise ValueError(f"Expected a finite {name} >= 0, but got {name}={value!r}")
+        if self.eta_min > self.lr:
+            raise ValueError(
+                f"eta_min={self.eta_min} is above lr={self.lr}, so the LR would rise within a cycle; "
+                "lower eta_min or raise lr (each param group can have its own)"
+            )
+        if self.anneal not in get_args(Anneal):
+            raise ValueError(f'Expected anneal="step" or "epoch", but got anneal={self.anneal!r}')
+
+    @classmethod
+    def of_group(cls, param_group: Mapping[str, Any]) -> CosineWarmRestarts:
+        """The schedule of a :class:`FusedSGDR` param group, whose peak is ``initial_lr``.
+
+        Args:
+            param_group: One of ``optimizer.param_groups``.
+
+        Returns:
+            The schedule that the group follows.
+        """
+        options = {f.name: param_group[f.name] for f in fields(cls) if f.name != "lr"}
+        return cls(lr=param_group["initial_lr"], **options)
+
+    def cycle_length(self, cycle: int) -> int:
+        """Length of a cycle in steps, :math:`T_i`.
+
+        Args:
+            cycle: Index of the cycle, from 0.
+
+        Returns:
+            Number of optimizer steps.
+        """
+        length = float(self.T_0 * self.steps_per_epoch) * _power(self.T_mult, cycle)
+        return round(length) if length < _LONGEST_CYCLE else _LONGEST_CYCLE
+
+    def position(self, step: int) -> Position:
+        """Where the schedule stands after ``step`` steps without a call of ``restart()``.
+
+        Args:
+            step: Number of steps applied, >= 0.
+
+        Returns:
+            The position before the next step.
+
+        Raises:
+            ValueError: ``step`` is negative or not an integer.
+        """
+        if not _is_int(step) or step < 0:
+            raise ValueError(f"Expected an integer step >= 0, but got step={step!r}")
+        T_cur, cycle = step - self.warmup_steps, 0
+        if self.T_mult == 1 and T_cur > 0:
+            cycle, T_cur = divmod(T_cur, self.cycle_length(0))
+            if self.n_cycles is not None and cycle > self.n_cycles:
+                T_cur += (cycle - self.n_cycles) * self.cycle_length(0)
+                cycle = self.n_cycles
+        while T_cur >= self.cycle_length(cycle) and cycle != self.n_cycles:
+            T_cur -= self.cycle_length(cycle)
+            cycle += 1
+        return Position(step, cycle, T_cur, self.cycle_length(cycle))
+
+    def advance(self, position: Position) -> Position:
+        """The position one step later."""
+        step, cycle, T_cur, T_i = position
+        if T_cur + 1 < T_i or cycle == self.n_cycles:
+            return Position(step + 1, cycle, T_cur + 1, T_i)
+        return Position(step + 1, cycle + 1, 0, self.cycle_length(cycle + 1))
+
+    def restart(self, position: Position) -> Position:
+        """The position after a warm restart now.
+
+        Args:
+            position: Where the schedule stands.
+
+        Returns:
+            The start of the next cycle, at the same step.
+
+        Raises:
+            ValueError: There is no next cycle, because of ``n_cycles``.
+        """
+        cycle = position.cycle + 1
+        if self.n_cycles is not None and cycle >= self.n_cycles:
+            raise ValueError(
+                f"restart() would begin cycle {cycle}, but the schedule ends after n_cycles={self.n_cycles}; "
+                "raise n_cycles or set it to None"
+            )
+        return Position(position.step, cycle, 0, self.cycle_length(cycle))
+
+    def is_restart(self, position: Position) -> bool:
+        """Whether a cycle other than the first begins at a position."""
+        return position.T_cur == 0 < position.cycle != self.n_cycles
+
+    def lr_of(self, position: Position) -> float:
+        """LR of the step taken at a position."""
+        if position.T_cur < 0:
+            done = position.T_cur + self.warmup_steps
+            return self.warmup_start_lr + (self.lr - self.warmup_start_lr) * done / self.warmup_steps
+        if position.cycle == self.n_cycles:
+            return self.eta_min
+        every = self.steps_per_epoch if self.anneal == "epoch" else 1
+        T_cur, T_i = position.T_cur // every, position.T_i / every
+        amplitude = (self.lr - self.eta_min) * _power(self.cycle_decay, position.cycle)
+        return self.eta_min + amplitude * (1 + math.cos(math.pi * T_cur / T_i)) / 2
+
+    def lr_at(self, step: int) -> float:
+        """LR of step number ``step``, counted from 0."""
+        return self.lr_of(self.position(step))
+
+    def restarts(self, total_steps: int) -> list[int]:
+        """The steps below ``total_steps`` at which a new cycle begins, the first cycle left out.
+
+        Args:
+            total_steps: Length of the training in steps.
+
+        Returns:
+            Step numbers in rising order.
+        """
+        starts = []
+        cycle, start = 0, self.warmup_steps + self.cycle_length(0)
+        while start < total_steps and cycle + 1 != self.n_cycles:
+            starts.append(start)
+            cycle += 1
+            start += self.cycle_length(cycle)
+        return starts
+
+
+def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
+    """The longest first cycle for which ``n_cycles`` cycles fit into a budget.
+
+    The best weights of an SGDR run are those at the end of a cycle, so a budget should end there. Warm-up is not
+    counted: subtract it first.
+
+    Args:
+        total_steps: The budget, in the unit that ``T_0`` is to have (epochs, or steps).
+        n_cycles: Number of cycles wanted.
+        T_mult: Factor by which each cycle is longer than the one before.
+
+    Returns:
+        ``T_0``, in the same unit.
+
+    Raises:
+        ValueError: Not even ``T_0=1`` fits.
+
+    Example:
+        >>> fit_T_0(total_steps=90, n_cycles=3, T_mult=2)  # 12 + 24 + 48 = 84
+        12
+    """
+    if not _is_int(n_cycles) or n_cycles < 1:
+        raise ValueError(f"Expected an integer n_cycles >= 1, but got n_cycles={n_cycles!r}")
+
+    def total(T_0: int) -> int:
+        schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
+        return sum(schedule.cycle_length(cycle) for cycle in range(n_cycles))
+
+    if total_steps < total(1):
+        raise ValueError(
+            f"total_steps={total_steps} is too short for n_cycles={n_cycles} with T_mult={T_mult}: "
+            f"T_0=1 takes {total(1)}; lower n_cycles or T_mult"
+        )
+    fits, too_long = 1, total_steps + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if total(middle) <= total_steps:
+            fits = middle
+        else:
+            too_long = middle
+    return fits
+
+
+def _power(base: float, exponent: int) -> float:
+    # By squaring, as in csrc/sgdr_math.h: the same multiplications, hence the same bits.
+    result, base = 1.0, float(base)
+    while exponent > 0:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,123 @@
+"""The pair: torch.optim.SGD's for-loop and CosineAnnealingWarmRestarts; how to compare with it."""
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Pair:
+    """What FusedSGDR replaces, stepped as one."""
+
+    def __init__(self, params, *, T_0, T_mult=1, eta_min=0.0, **options):
+        self.sgd = torch.optim.SGD(params, foreach=False, fused=False, **options)
+        self.scheduler = CosineAnnealingWarmRestarts(
+            self.sgd, T_0=T_0, T_mult=T_mult, eta_min=eta_min
+        )
+
+    def step(self):
+        """One optimizer step, then one of the schedule."""
+        self.sgd.step()
+        self.scheduler.step()
+
+    @property
+    def param_groups(self):
+        return self.sgd.param_groups
+
+    @property
+    def state(self):
+        return self.sgd.state
+
+
+def make_params(sizes, dtype=torch.float32, seed=0):
+    """Parameters of the given sizes or shapes, none of whose elements is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(draw(size, dtype, generator)) for size in sizes]
+
+
+def copies_of(params):
+    """Parameters of equal values, dtypes and strides, in memory of their own."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def draw(size, dtype, generator):
+    """Nonzero random numbers."""
+    values = torch.randn(size, dtype=_at_least_float(dtype), generator=generator)
+    return torch.where(values == 0, torch.ones_like(values), values).to(dtype)
+
+
+def give_gradients(step, *sides):
+    """Gives each side's parameters, one by one, equal gradients in memory of their own."""
+    generator = torch.Generator().manual_seed(10_000 + step)
+    for params in zip(*sides, strict=True):
+        grad = draw(params[0].shape, params[0].dtype, generator)
+        for param in params:
+            param.grad = grad.clone()
+
+
+def make_scaler(init_scale, **options):
+    """A GradScaler that has scaled a loss, which it insists on."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
+    scaler.scale(torch.zeros(()))
+    return scaler
+
+
+def momentum_of(optimizer, param):
+    """The momentum buffer, or None: torch leaves a None where there is no momentum."""
+    return optimizer.state.get(param, {}).get("momentum_buffer")
+
+
+def same_bits(left, right):
+    """Whether two tensors are equal to the bit, zeros' signs too; one NaN is as good as another."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    if left.is_complex():
+        left, right = (torch.view_as_real(side.resolve_conj()) for side in (left, right))
+    bits = _BITS[left.dtype.itemsize]
+    equal = left.contiguous().view(bits) == right.contiguous().view(bits)
+    return bool((equal | (left.isnan() & right.isnan())).all())
+
+
+def assert_same(ours, our_params, theirs, their_params, where=""):
+    """Parameters, momentum buffers and learning rates are equal to the bit."""
+    for i, (our, their) in enumerate(zip(our_params, their_params, strict=True)):
+        assert same_bits(our.detach(), their.detach()), f"parameter {i} differs {where}"
+        our_buffer, their_buffer = momentum_of(ours, our), momentum_of(theirs, their)
+        assert (our_buffer is None) == (their_buffer is None), f"momentum_buffer {i} {where}"
+        if our_buffer is not None:
+            assert same_bits(our_buffer, their_buffer), f"momentum_buffer {i} differs {where}"
+    our_lrs = [float(group["lr"]) for group in ours.param_groups]
+    their_lrs = [float(group["lr"]) for group in theirs.param_groups]
+    assert our_lrs == their_lrs, where
+
+
+def snapshot(optimizer, params):
+    """All that a step may change, as plain values: compare two with ``assert_unchanged``."""
+    return {
+        "params": [p.detach().clone() for p in params],
+        "momentum": [
+            None if momentum_of(optimizer, p) is None else momentum_of(optimizer, p).clone()
+            for p in params
+        ],
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+        "members": [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+        "state": {id(p): set(of_param) for p, of_param in optimizer.state.items() if of_param},
+    }
+
+
+def assert_unchanged(before, optimizer, params):
+    """Nothing has changed since the snapshot, to the bit."""
+    after = snapshot(optimizer, params)
+    for name in ("params", "momentum"):
+        for i, (old, new) in enumerate(zip(before[name], after[name], strict=True)):
+            assert (old is None) == (new is None), f"{name} {i}"
+            assert old is None or same_bits(old, new), f"{name} {i} changed"
+    for name in ("groups", "members", "state"):
+        assert before[name] == after[name], name
+
+
+def _at_least_float(dtype):
+    return torch.float32 if dtype.itemsize < 4 else dtype

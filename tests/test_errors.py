@@ -1,0 +1,376 @@
+"""What is wrong is said before anything is written: the argument by name, and its value."""
+
+import math
+import re
+
+import pytest
+import torch
+from pair import (
+    assert_unchanged,
+    draw,
+    give_gradients,
+    make_params,
+    snapshot,
+)
+
+from sgdr_fused import FusedSGDR
+
+# An option, its bad value, and what the message has to say.
+BAD_OPTIONS = [
+    ("lr", -0.1, "learning rate: -0.1"),
+    ("lr", math.nan, "learning rate: nan"),
+    ("lr", math.inf, "learning rate: inf"),
+    ("momentum", -0.5, "momentum value: -0.5"),
+    ("momentum", math.nan, "momentum value: nan"),
+    ("momentum", math.inf, "momentum value: inf"),
+    ("dampening", math.nan, "dampening value: nan"),
+    ("dampening", -math.inf, "dampening value: -inf"),
+    ("weight_decay", -1e-3, "weight_decay value: -0.001"),
+    ("weight_decay", math.nan, "weight_decay value: nan"),
+    ("weight_decay", math.inf, "weight_decay value: inf"),
+    ("eta_min", -0.01, "eta_min=-0.01"),
+    ("eta_min", math.nan, "eta_min=nan"),
+    ("eta_min", math.inf, "eta_min=inf"),
+    ("eta_min", 7.0, "eta_min=7.0"),
+    ("T_0", 0, "T_0=0"),
+    ("T_0", -3, "T_0=-3"),
+    ("T_0", 2.5, "T_0=2.5"),
+    ("T_0", True, "T_0=True"),
+    ("T_0", "10", "T_0='10'"),
+    ("T_mult", 0, "T_mult=0"),
+    ("T_mult", 0.5, "T_mult=0.5"),
+    ("T_mult", math.nan, "T_mult=nan"),
+    ("T_mult", math.inf, "T_mult=inf"),
+    ("steps_per_epoch", 0, "steps_per_epoch=0"),
+    ("steps_per_epoch", 1.5, "steps_per_epoch=1.5"),
+    ("anneal", "epochs", "anneal='epochs'"),
+    ("warmup_steps", -1, "warmup_steps=-1"),
+    ("warmup_steps", 0.5, "warmup_steps=0.5"),
+    ("warmup_start_lr", -0.1, "warmup_start_lr=-0.1"),
+    ("warmup_start_lr", math.nan, "warmup_start_lr=nan"),
+    ("cycle_decay", -0.5, "cycle_decay=-0.5"),
+    ("cycle_decay", math.nan, "cycle_decay=nan"),
+    ("n_cycles", 0, "n_cycles"),
+    ("n_cycles", 2.5, "n_cycles"),
+    ("nesterov", True, "zero dampening"),
+]
+bad_option = pytest.mark.parametrize(
+    ("name", "value", "message"), BAD_OPTIONS, ids=[f"{n}={v}" for n, v, _ in BAD_OPTIONS]
+)
+
+
+def running_optimizer(backend, **options):
+    """Two groups, two steps into the schedule, with gradients for the next; and the parameters."""
+    params = make_params([65, 8, 33, 17])
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.2}]
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 3} | options
+    optimizer = FusedSGDR(groups, backend=backend, **options)
+    for step in range(2):
+        give_gradients(step, params)
+        optimizer.step()
+    give_gradients(2, params)
+    return optimizer, params
+
+
+@bad_option
+def test_bad_option_is_refused_at_construction(name, value, message):
+    options = {"lr": 0.1, "T_0": 5, "dampening": 0.2 if name == "nesterov" else 0} | {name: value}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FusedSGDR(make_params([3]), **options)
+
+
+@bad_option
+def test_bad_option_is_refused_in_a_new_group(backend, name, value, message):
+    optimizer, params = running_optimizer(backend, dampening=0.2)
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.add_param_group({"params": make_params([3], seed=1), name: value})
+    assert_unchanged(before, optimizer, params)
+    optimizer.step()
+
+
+@bad_option
+@pytest.mark.parametrize("group", [0, 1])
+def test_bad_option_set_between_steps_is_refused_and_changes_nothing(
+    backend, name, value, message, group
+):
+    optimizer, params = running_optimizer(backend, dampening=0.2)
+    good = optimizer.param_groups[group][name]
+    optimizer.param_groups[group][name] = value
+    expected = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.step()
+    after = snapshot(optimizer, params)
+    # NaN is not equal to itself.
+    assert repr(after["groups"]) == repr(expected.pop("groups"))
+    assert_unchanged(expected | {"groups": after["groups"]}, optimizer, params)
+
+    other, other_params = running_optimizer(backend, dampening=0.2)
+    optimizer.param_groups[group][name] = good
+    optimizer.step()
+    other.step()
+    assert_unchanged(snapshot(other, other_params) | untold(optimizer), optimizer, params)
+
+
+def untold(optimizer):
+    """The parts of a snapshot that name objects, which two optimizers do not share."""
+    after = snapshot(optimizer, [])
+    return {"members": after["members"], "state": after["state"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ({"eta_min": 5.0}, {"eta_min": 0.05}),
+        ({"T_0": 0}, {"T_0": 4, "initial_lr": 0.5}),
+        ({"momentum": -1}, {"momentum": 0.9, "eta_min": 0.05}),
+    ],
+    ids=["eta_min", "T_0", "momentum"],
+)
+def test_option_corrected_after_an_error_holds_from_the_next_step(backend, changes):
+    optimizer, params = running_optimizer(backend)
+    expected, expected_params = running_optimizer(backend)
+    bad, good = changes
+    optimizer.param_groups[1].update(bad)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        optimizer.step()
+    optimizer.param_groups[1].update(good)
+    optimizer.step()
+    expected.param_groups[1].update(good)
+    expected.step()
+    assert_unchanged(snapshot(expected, expected_params) | untold(optimizer), optimizer, params)
+
+
+def test_option_changed_twice_around_a_failed_step_holds_as_last_set(backend):
+    optimizer, params = running_optimizer(backend)
+    expected, expected_params = running_optimizer(backend)
+    optimizer.param_groups[0]["eta_min"] = 0.02
+    dense = params[3].grad
+    params[3].grad = dense.to_sparse()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    params[3].grad = dense
+    for running in (optimizer, expected):
+        running.param_groups[0]["eta_min"] = 0.09
+        running.step()
+    assert_unchanged(snapshot(expected, expected_params) | untold(optimizer), optimizer, params)
+
+
+def sparse_gradient(params):
+    params[-1].grad = params[-1].grad.to_sparse()
+    return RuntimeError, "sparse"
+
+
+def gradient_of_another_shape(params):
+    # A gradient's shape is checked when it is set, so change the parameter's.
+    params[-1].data = params[-1].data[:5].clone()
+    return ValueError, r"gradient of shape \(17,\), but the parameter's is \(5,\)"
+
+
+def gradient_of_as_many_elements_in_another_shape(params):
+    params[-1].data = params[-1].data.reshape(1, 17)
+    return ValueError, r"gradient of shape \(17,\), but the parameter's is \(1, 17\)"
+
+
+def gradient_on_another_device(params):
+    params[-1].data = params[-1].data.to("meta")
+    return ValueError, "gradient of device cpu, but the parameter's is meta"
+
+
+def expanded_parameter(params):
+    params[-1].data = torch.ones(1).expand(17)
+    return RuntimeError, "one memory address"
+
+
+BAD_TENSORS = [
+    sparse_gradient,
+    gradient_of_another_shape,
+    gradient_of_as_many_elements_in_another_shape,
+    gradient_on_another_device,
+    expanded_parameter,
+]
+
+
+@pytest.mark.parametrize("spoil", BAD_TENSORS)
+@pytest.mark.parametrize("last_is_new", [False, True], ids=["running", "first_step"])
+def test_bad_last_parameter_stops_the_step_before_anything_is_written(backend, spoil, last_is_new):
+    optimizer, params = running_optimizer(backend)
+    if last_is_new:
+        for param in (params[1], params[-1]):
+            optimizer.state.pop(param)
+    error, message = spoil(params)
+    before = snapshot(optimizer, params[:-1])
+    with pytest.raises(error, match=message) as raised:
+        optimizer.step()
+    assert 'param_groups[1]["params"][1]' in str(raised.value)
+    assert_unchanged(before, optimizer, params[:-1])
+
+
+def test_step_after_a_failed_one_is_as_if_it_had_not_been(backend):
+    optimizer, params = running_optimizer(backend)
+    expected, expected_params = running_optimizer(backend)
+    dense = params[-1].grad
+    params[-1].grad = dense.to_sparse()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    params[-1].grad = dense
+    optimizer.step()
+    expected.step()
+    assert_unchanged(snapshot(expected, expected_params) | untold(optimizer), optimizer, params)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "message"),
+    [
+        (torch.zeros(5), r"momentum_buffer of shape \(5,\), but the parameter's is \(17,\)"),
+        (torch.zeros(17, device="meta"), "momentum_buffer of device meta"),
+        (3.0, r"momentum_buffer=3\.0"),
+        (torch.zeros(17, dtype=torch.complex64), "momentum_buffer of dtype torch.complex64"),
+    ],
+    ids=["shape", "device", "type", "dtype"],
+)
+def test_bad_momentum_buffer_stops_the_step_before_anything_is_written(backend, buffer, message):
+    optimizer, params = running_optimizer(backend)
+    optimizer.state[params[-1]]["momentum_buffer"] = buffer
+    before = snapshot(optimizer, params[:-1])
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params[:-1])
+    assert optimizer.state[params[-1]]["momentum_buffer"] is buffer
+
+
+def test_named_parameter_is_called_by_its_name(backend):
+    (param,) = make_params([3])
+    optimizer = FusedSGDR([("head.weight", param)], lr=0.1, T_0=3, backend=backend)
+    param.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"head\.weight"):
+        optimizer.step()
+
+
+def test_integer_parameter_is_refused(backend):
+    (param,) = make_params([3])
+    optimizer = FusedSGDR([param], lr=0.1, T_0=3, backend=backend)
+    param.grad = torch.ones(3)
+    param.grad = None
+    param.requires_grad_(False)
+    param.data = torch.ones(3, dtype=torch.int64)
+    param.grad = torch.ones(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
+        optimizer.step()
+    assert param.tolist() == [1, 1, 1]
+
+
+def test_what_is_no_tensor_is_refused(backend):
+    optimizer, _ = running_optimizer(backend)
+    optimizer.param_groups[1]["params"].append("weight")
+    with pytest.raises(ValueError, match="'weight'"):
+        optimizer.step()
+
+
+def test_parameter_listed_twice_is_refused():
+    (param,) = make_params([3])
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\]"):
+        FusedSGDR([param, param], lr=0.1, T_0=3)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        FusedSGDR([{"params": [param]}, {"params": [param]}], lr=0.1, T_0=3)
+
+
+def test_one_group_on_several_devices_is_refused():
+    cpu, meta = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match=r"params\"\]\[1\] is on meta, but params\[0\] is on cpu"):
+        FusedSGDR([cpu, meta], lr=0.1, T_0=3)
+    FusedSGDR([{"params": [cpu]}, {"params": [meta]}], lr=0.1, T_0=3)
+
+
+def test_empty_parameter_list_is_refused():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        FusedSGDR([], lr=0.1, T_0=3)
+
+
+def test_tensor_lr_of_several_elements_is_refused():
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element"):
+        FusedSGDR(make_params([3]), lr=torch.ones(2), T_0=3)
+
+
+def test_first_cycle_has_no_default():
+    with pytest.raises(TypeError, match="T_0"):
+        FusedSGDR(make_params([3]), lr=0.1)
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cuda'"):
+        FusedSGDR(make_params([3]), lr=0.1, T_0=3, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    "name", ["max_grad_norm", "ema_decay", "momentum_dtype", "foreach", "fused"]
+)
+def test_option_that_does_not_exist_is_refused(name):
+    with pytest.raises(TypeError, match=name):
+        FusedSGDR(make_params([3]), lr=0.1, T_0=3, **{name: None})
+
+
+SCHEDULERS = {
+    "CosineAnnealingWarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        o, T_0=3
+    ),
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 3),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=10),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.1),
+    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o),
+}
+
+
+@pytest.mark.parametrize("wrap", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_torch_scheduler_around_it_is_refused(backend, wrap):
+    optimizer, params = running_optimizer(backend)
+    with pytest.raises(TypeError, match=r"own learning rate.*remove the scheduler"):
+        wrap(optimizer)
+    optimizer.step()
+    expected, expected_params = running_optimizer(backend)
+    expected.step()
+    for ours, theirs in zip(params, expected_params, strict=True):
+        assert torch.equal(ours, theirs)
+    assert optimizer.get_last_lr() == expected.get_last_lr()
+
+
+@pytest.mark.parametrize(
+    ("step", "shown"), [(-1, "-1"), (1.5, "1.5"), ("3", "'3'"), (True, "True")]
+)
+def test_seek_to_no_step_is_refused(backend, step, shown):
+    optimizer, params = running_optimizer(backend)
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=f"step={re.escape(shown)}"):
+        optimizer.seek(step)
+    assert_unchanged(before, optimizer, params)
+
+
+def test_restart_after_the_last_cycle_is_refused_for_all_groups_or_none(backend):
+    params = make_params([3, 3])
+    groups = [{"params": params[:1]}, {"params": params[1:], "n_cycles": 1}]
+    optimizer = FusedSGDR(groups, lr=0.1, T_0=5, backend=backend)
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="n_cycles=1"):
+        optimizer.restart()
+    assert_unchanged(before, optimizer, params)
+    optimizer.restart(group=0)
+
+
+def test_warm_up_cut_below_what_has_been_run_is_refused(backend):
+    params = make_params([3])
+    optimizer = FusedSGDR(params, lr=0.1, T_0=5, warmup_steps=10, backend=backend)
+    give_gradients(0, params)
+    optimizer.step()
+    optimizer.param_groups[0]["warmup_steps"] = 4
+    with pytest.raises(ValueError, match="warmup_steps=4"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("T_0", [2**62, 2**70])
+def test_endless_first_cycle_is_taken(backend, T_0):
+    params = make_params([3])
+    optimizer = FusedSGDR(params, lr=0.1, T_0=T_0, backend=backend)
+    params[0].grad = draw([3], torch.float32, torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert optimizer.get_last_lr() == [0.1]

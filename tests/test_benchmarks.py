@@ -1,0 +1,134 @@
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgdr_fused.native import extension
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(extension is None, reason="the native backend is not built")
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def run_quickly(name, out):
+    """A benchmark's JSON, from tiny shapes."""
+    pytest.importorskip("matplotlib")
+    importlib.import_module(f"benchmarks.{name}").main(
+        ["--quick", "--rounds", "2", "--out", str(out)]
+    )
+    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / f"{name}.json").read_text())
+    assert {"cpu", "cpu_capability", "cores", "threads", "torch", "sgdr_fused", "date"} <= results[
+        "environment"
+    ].keys()
+    assert results["rounds"] == 2
+    return results
+
+
+def assert_is_a_timing(entry):
+    first, third = entry["quartiles_us"]
+    assert 0 < first <= entry["median_us"] <= third < math.inf
+    assert entry["calls_per_round"] >= 1
+
+
+def test_resnet50_has_161_parameters_of_25557032_elements():
+    shapes = importlib.import_module("benchmarks.shapes")
+    resnet50 = shapes.resnet50()
+    assert (len(resnet50), shapes.numel(resnet50)) == (161, 25_557_032)
+    assert resnet50[0] == (64, 3, 7, 7)
+    assert resnet50[-2:] == [(1000, 2048), (1000,)]
+
+
+def test_mlp_has_6_parameters_of_ten_thousand_elements():
+    shapes = importlib.import_module("benchmarks.shapes")
+    assert (len(shapes.mlp()), shapes.numel(shapes.mlp())) == (6, 9674)
+
+
+def test_step_compares_the_pair_in_all_forms(tmp_path):
+    results = run_quickly("step", tmp_path)
+    assert [case["tensors"] for case in results["cases"]] == [6, 20, 20, 161]
+    for case in results["cases"]:
+        names = [candidate["name"] for candidate in case["candidates"]]
+        assert names[:5] == [
+            "SGD(foreach=False) + scheduler",
+            "SGD(foreach=True) + scheduler",
+            "SGD(fused=True) + scheduler",
+            "FusedSGDR, reference",
+            "FusedSGDR",
+        ]
+        assert case["candidates"][4]["ratio"] == 1
+        assert case["best_pair"] in names[:3]
+        for candidate in [*case["candidates"], *case["memory_floors"]]:
+            assert_is_a_timing(candidate)
+    assert results["cases"][-1]["memory_floors"]
+
+
+def test_small_tensors_fits_a_line_for_each_number_of_threads(tmp_path):
+    results = run_quickly("small_tensors", tmp_path)
+    assert {series["threads"] for series in results["series"]} == {1, torch.get_num_threads()}
+    for series in results["series"]:
+        assert math.isfinite(series["slope_ns"])
+        assert [entry["tensors"] for entry in series["lists"]] == [10, 30, 100]
+        for entry in series["lists"]:
+            assert_is_a_timing(entry)
+
+
+def test_threads_times_every_size_on_one_and_two_threads(tmp_path):
+    results = run_quickly("threads", tmp_path)
+    assert results["kParallelNumel"] > 0
+    assert len(results["sizes"]) == 6
+    for size in results["sizes"]:
+        assert [timing["threads"] for timing in size["timings"]] == [1, 2]
+        for timing in size["timings"]:
+            assert_is_a_timing(timing)
+
+
+def test_the_line_through_points_on_a_line_is_that_line():
+    small_tensors = importlib.import_module("benchmarks.small_tensors")
+    counts = [10, 100, 1000]
+    line = small_tensors.fit_line(counts, [2e-6 + 70e-9 * count for count in counts])
+    assert line == pytest.approx((2e-6, 70e-9))
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    Timing = importlib.import_module("benchmarks.harness").Timing
+    slow, fast = Timing("slow", 1, [2.0, 20.0, 3.0]), Timing("fast", 1, [1.0, 10.0, 1.0])
+    assert slow.ratio_to(fast) == 2
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 0}, {"nesterov": False}, {"T_0": 4}])
+def test_a_candidate_that_makes_another_update_is_not_timed(change):
+    from sgdr_fused import FusedSGDR
+
+    harness = importlib.import_module("benchmarks.harness")
+    options = harness.OPTIONS | harness.SCHEDULE | change
+
+    def build(params):
+        optimizer = FusedSGDR(params, **options)
+        return optimizer, optimizer.step
+
+    workload = harness.Workload([(5,), (3, 2)])
+    with pytest.raises(AssertionError, match="another does not make the reference's update"):
+        workload.candidate("another", 1, build)
+
+
+def test_the_memory_floor_reads_and_writes_every_element():
+    harness = importlib.import_module("benchmarks.harness")
+    memory_floor = importlib.import_module("benchmarks.memory_floor")
+    workload = harness.Workload([(3,), (1 << 13,), (100, 333)])
+    for candidate in memory_floor.floor_candidates(workload, threads=1):
+        expected = []
+        for param, buffer in zip(workload.params, workload.momentum_buffers, strict=True):
+            expected.append((param + (buffer + param.grad), buffer + param.grad))
+        candidate.step()
+        for i, (param, buffer) in enumerate(expected):
+            assert torch.equal(workload.params[i], param)
+            assert torch.equal(workload.momentum_buffers[i], buffer)

@@ -1,0 +1,231 @@
+"""Any strides, offsets and shapes of parameter, gradient and momentum, as in torch.optim.SGD.
+
+The pair holds the same values in dense tensors of its own, whose memory order cannot mislead it.
+"""
+
+import pytest
+import torch
+from pair import Pair, assert_same, draw, give_gradients, make_params, same_bits
+
+from sgdr_fused import FusedSGDR
+
+SHAPE = (4, 3, 5, 18)
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, "T_0": 3}
+
+
+def leaf(tensor):
+    return tensor.detach().requires_grad_()
+
+
+def test_every_layout_of_parameter_and_gradient_gives_the_same_numbers(
+    backend, dtype, layout, grad_layout
+):
+    (dense,) = make_params([SHAPE], dtype)
+    ours = leaf(layout(dense.detach()))
+    strides, around = ours.stride(), ours.untyped_storage().nbytes()
+    optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
+    for step in range(7):
+        give_gradients(step, [dense])
+        ours.grad = grad_layout(dense.grad)
+        kept = ours.grad.clone()
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, [ours], pair, [dense], f"after step {step}")
+        assert torch.equal(ours.grad, kept), "the gradient is only read"
+    assert (ours.stride(), ours.untyped_storage().nbytes()) == (strides, around)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_layout_of_a_half_precision_parameter_gives_the_same_numbers(
+    backend, dtype, layout, grad_layout
+):
+    (dense,) = make_params([SHAPE], dtype)
+    ours = leaf(layout(dense.detach()))
+    optimizer = FusedSGDR([ours], backend=backend, **OPTIONS)
+    expected = FusedSGDR([dense], backend="reference", **OPTIONS)
+    for step in range(4):
+        give_gradients(step, [dense])
+        ours.grad = grad_layout(dense.grad)
+        optimizer.step()
+        expected.step()
+        assert_same(optimizer, [ours], expected, [dense], f"after step {step}")
+
+
+def test_momentum_buffer_of_any_layout_is_taken(backend, layout, grad_layout):
+    """A buffer from elsewhere: a state_dict of a contiguous model, say."""
+    (dense,), (other,) = make_params([SHAPE]), make_params([SHAPE])
+    ours = leaf(layout(other))
+    optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
+    for step in range(5):
+        give_gradients(step, [dense])
+        ours.grad = dense.grad.clone()
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, [ours], pair, [dense], f"after step {step}")
+        if step == 1:
+            buffer = grad_layout(optimizer.state[ours]["momentum_buffer"])
+            optimizer.state[ours]["momentum_buffer"] = buffer
+    assert optimizer.state[ours]["momentum_buffer"] is buffer, "updated in place"
+
+
+def test_memory_between_the_elements_is_left_alone(backend, layout):
+    (dense,) = make_params([SHAPE])
+    ours = leaf(layout(dense.detach()))
+    room = torch.as_strided(ours.detach(), [ours.untyped_storage().nbytes() // 4], [1], 0)
+    gap_before = (room == -7).sum()
+    optimizer = FusedSGDR([ours], backend=backend, **OPTIONS)
+    for step in range(3):
+        give_gradients(step, [ours])
+        optimizer.step()
+    assert (room == -7).sum() == gap_before
+    assert int(gap_before) == room.numel() - ours.numel()
+
+
+def test_gradients_that_are_slices_of_one_bucket_are_read_in_place(backend, dtype):
+    """As DDP's gradient_as_bucket_view makes them."""
+    ours, theirs = make_params([65, 33], dtype), make_params([65, 33], dtype)
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    bucket = torch.zeros(1 + 65 + 33, dtype=dtype)
+    ours[0].grad, ours[1].grad = bucket[1:66], bucket[66:]
+    for step in range(4):
+        give_gradients(step, theirs)
+        bucket[1:] = torch.cat([p.grad for p in theirs])
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+@pytest.mark.parametrize("offset", range(1, 9))
+def test_misaligned_parameter_is_updated(backend, dtype, offset):
+    (dense,) = make_params([257], dtype)
+    room = torch.zeros(offset + 257, dtype=dtype)
+    room[offset:] = dense.detach()
+    ours = leaf(room[offset:])
+    optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
+    for step in range(4):
+        give_gradients(step, [dense])
+        ours.grad = dense.grad.clone()
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, [ours], pair, [dense], f"after step {step}")
+    assert (room[:offset] == 0).all()
+
+
+def test_two_halves_of_one_storage_are_two_parameters(backend, dtype):
+    (whole,) = make_params([66], dtype)
+    theirs = [torch.nn.Parameter(half.clone()) for half in whole.detach().split(33)]
+    ours = [leaf(half) for half in whole.detach().split(33)]
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(4):
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 1), (1, 7, 1)], ids=str)
+def test_shapes_without_extent_are_updated(backend, dtype, shape):
+    ours, theirs = make_params([shape, 5], dtype), make_params([shape, 5], dtype)
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(4):
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+def test_expanded_gradient_is_read_through_its_strides(backend, dtype):
+    """The gradient of sum() has one element in memory."""
+    ours, theirs = make_params([(7, 9)], dtype), make_params([(7, 9)], dtype)
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(4):
+        ours[0].grad = torch.full((), 0.3 + step, dtype=dtype).expand(7, 9)
+        theirs[0].grad = ours[0].grad.contiguous()
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+def test_partly_expanded_gradient_is_read_through_its_strides(backend, dtype):
+    ours, theirs = make_params([(7, 9)], dtype), make_params([(7, 9)], dtype)
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(4):
+        row = draw([9], dtype, torch.Generator().manual_seed(step))
+        ours[0].grad = row.expand(7, 9)
+        theirs[0].grad = ours[0].grad.contiguous()
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+@pytest.mark.parametrize("expand", [lambda x: x.expand(7, 9), lambda x: x[:1].expand(9)])
+def test_parameter_with_several_elements_at_one_address_is_an_error(backend, expand):
+    memory = torch.ones(9)
+    param = leaf(expand(memory))
+    param.grad = torch.ones_like(param)
+    optimizer = FusedSGDR([param], backend=backend, **OPTIONS)
+    with pytest.raises(RuntimeError, match="one memory address"):
+        optimizer.step()
+    assert (memory == 1).all()
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 8, 33])
+def test_complex_parameter_is_updated_as_pairs_of_reals(backend, dtype, size, sgd_options):
+    ours, theirs = make_params([size], dtype), make_params([size], dtype)
+    options = {"lr": 0.1, "T_0": 3} | sgd_options
+    optimizer = FusedSGDR(ours, backend=backend, **options)
+    reals = [torch.nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in theirs]
+    pair = Pair(reals, **options)
+    for step in range(5):
+        give_gradients(step, ours)
+        reals[0].grad = torch.view_as_real(ours[0].grad).clone()
+        optimizer.step()
+        pair.step()
+        assert same_bits(torch.view_as_real(ours[0].detach()), reals[0].detach()), f"step {step}"
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_lazily_conjugated_gradient_is_read_as_its_conjugate(backend, dtype):
+    ours, theirs = make_params([(3, 11)], dtype), make_params([(3, 11)], dtype)
+    optimizer = FusedSGDR(ours, backend=backend, **OPTIONS)
+    expected = FusedSGDR(theirs, backend="reference", **OPTIONS)
+    for step in range(4):
+        give_gradients(step, ours, theirs)
+        ours[0].grad = ours[0].grad.conj()
+        assert ours[0].grad.is_conj()
+        theirs[0].grad = theirs[0].grad.conj().resolve_conj()
+        optimizer.step()
+        expected.step()
+        assert_same(optimizer, ours, expected, theirs, f"after step {step}")
+
+
+def test_lazily_negated_gradient_is_read_as_its_negative(backend):
+    """The imaginary part of a conjugate is a view with its sign still to be turned."""
+    ours, theirs = make_params([33]), make_params([33])
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(4):
+        numbers = draw([33], torch.complex64, torch.Generator().manual_seed(step))
+        ours[0].grad = numbers.conj().imag
+        assert ours[0].grad.is_neg()
+        theirs[0].grad = ours[0].grad.resolve_neg().contiguous()
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+def test_strided_complex_parameter_is_updated(backend):
+    (dense,) = make_params([(6, 5)], torch.complex64)
+    room = torch.full((6, 10), -7, dtype=torch.complex64)
+    ours = leaf(room[:, ::2])
+    ours.detach().copy_(dense.detach())
+    optimizer = FusedSGDR([ours], backend=backend, **OPTIONS)
+    expected = FusedSGDR([dense], backend="reference", **OPTIONS)
+    for step in range(4):
+        give_gradients(step, [dense])
+        ours.grad = dense.grad.clone()
+        optimizer.step()
+        expected.step()
+        assert_same(optimizer, [ours], expected, [dense], f"after step {step}")
+    assert (room[:, 1::2] == -7).all()

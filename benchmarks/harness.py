@@ -1,0 +1,342 @@
+"""What the benchmarks share: equal work, interleaved timing, tables, JSON and pictures.
+
+* All candidates of a case update the same tensors, so that none has better-placed memory.
+* Before a candidate is timed it must have made the update that the reference makes.
+* Every round times every candidate, in a shuffled order, so that a noisy minute is noisy for all. A
+  ratio is taken within each round; the median over the rounds is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks.shapes import Shapes
+from sgdr_fused import FusedSGDR
+
+__all__ = [
+    "OPTIONS",
+    "SCHEDULE",
+    "Candidate",
+    "Settings",
+    "Timing",
+    "Workload",
+    "environment",
+    "fused_sgdr",
+    "measure",
+    "new_axes",
+    "parse_settings",
+    "print_table",
+    "write_json",
+    "write_picture",
+]
+
+# So large an LR that a few steps show every option, the weight decay too, above the rounding.
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+# So short a first cycle that the checked steps below reach a restart.
+SCHEDULE = {"T_0": 3, "T_mult": 2, "eta_min": 1e-3}
+CHECKED_STEPS = 4
+
+Step = Callable[[], object]
+Build = Callable[[list[Tensor]], tuple[Optimizer, Step]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes:
+        rounds: How often each candidate is timed.
+        burst_seconds: Least duration of one timing.
+        quick: Tiny shapes: try the benchmark out, and believe no number.
+        out: Folder for JSON and pictures.
+        flags: Whether each of the benchmark's own flags was given.
+    """
+
+    rounds: int
+    burst_seconds: float
+    quick: bool
+    out: Path
+    flags: dict[str, bool]
+
+
+def parse_settings(argv: Sequence[str] | None, description: str | None, **flags: str) -> Settings:
+    """Reads the command line.
+
+    Args:
+        argv: Arguments; None: those of the process.
+        description: What the benchmark is for; its first line is shown.
+        **flags: The benchmark's own flags and their help.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, help="timings of each candidate (default 30)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, 3 rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    arguments = parser.parse_args(argv)
+    rounds = arguments.rounds or (3 if arguments.quick else 30)
+    if rounds < 2:
+        parser.error("--rounds must be at least 2, for there to be a spread")
+    return Settings(
+        rounds=rounds,
+        burst_seconds=0.001 if arguments.quick else 0.02,
+        quick=arguments.quick,
+        out=arguments.out,
+        flags={flag: getattr(arguments, flag) for flag in flags},
+    )
+
+
+# ------------------------------------------------------------------------------------------ work
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do the work.
+
+    Attributes:
+        name: Unique among those measured together.
+        step: Does the work once.
+        threads: Intra-op threads to do it with.
+    """
+
+    name: str
+    step: Step
+    threads: int
+
+
+class Workload:
+    """Parameters with fixed gradients, and momentum buffers, which all candidates of a case share.
+
+    They are allocated as a training would: all parameters, all gradients, then all buffers.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.params = [torch.randn(shape, generator=generator) for shape in shapes]
+        for param in self.params:
+            # Between 0.5 and 1.5 with either sign, so that every element moves visibly.
+            uniform = torch.rand(param.shape, generator=generator) - 0.5
+            param.grad = uniform + uniform.sign()
+        self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
+        self._start = [param.clone() for param in self.params]
+        self._expected = self._after_steps(*fused_sgdr(self.params, backend="reference"))
+        for param, start in zip(self._expected, self._start, strict=True):
+            assert (param - start).abs().min() > OPTIONS["lr"] / 2
+
+    def candidate(self, name: str, threads: int, build: Build) -> Candidate:
+        """A candidate that is known to make the same update as the reference.
+
+        Args:
+            name: Its name.
+            threads: Intra-op threads it is to be checked and timed with.
+            build: Makes an optimizer for the parameters, and the function that takes one step.
+
+        Raises:
+            AssertionError: Its parameters differ from the reference's after a few steps.
+        """
+        optimizer, step = build(self.params)
+        with intra_op_threads(threads):
+            result = self._after_steps(optimizer, step)
+        # Each step rounds the parameter, of size 1, a few times.
+        tolerance = 2 * CHECKED_STEPS * torch.finfo(torch.float32).eps
+        try:
+            torch.testing.assert_close(result, self._expected, rtol=tolerance, atol=tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{name} does not make the reference's update: {error}") from error
+        for param, buffer in zip(self.params, self.momentum_buffers, strict=True):
+            optimizer.state[param]["momentum_buffer"] = buffer
+        return Candidate(name, step, threads)
+
+    def _after_steps(self, optimizer: Optimizer, step: Step) -> list[Tensor]:
+        for param, start in zip(self.params, self._start, strict=True):
+            param.copy_(start)
+        for _ in range(CHECKED_STEPS):
+            step()
+        for param in self.params:
+            assert "momentum_buffer" in optimizer.state[param]
+        return [param.clone() for param in self.params]
+
+
+def fused_sgdr(params: list[Tensor], backend: str = "native") -> tuple[Optimizer, Step]:
+    """FusedSGDR with the benchmarks' options, and its step."""
+    optimizer = FusedSGDR(params, **OPTIONS, **SCHEDULE, backend=backend)
+    return optimizer, optimizer.step
+
+
+# ---------------------------------------------------------------------------------------- timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one call took, in each round.
+
+    Attributes:
+        name: The candidate's.
+        calls: Calls that one timing is the mean of.
+        seconds: Seconds a call, by round.
+    """
+
+    name: str
+    calls: int
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile over the rounds, in seconds."""
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+    def ratio_to(self, other: Timing) -> float:
+        """Median over the rounds of this time divided by the other's."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Median and quartiles in microseconds."""
+        return {
+            "name": self.name,
+            "median_us": round(self.median * 1e6, 3),
+            "quartiles_us": [round(seconds * 1e6, 3) for seconds in self.quartiles()],
+            "calls_per_round": self.calls,
+        }
+
+
+def measure(candidates: Sequence[Candidate], settings: Settings) -> dict[str, Timing]:
+    """Times all candidates, interleaved.
+
+    Args:
+        candidates: What to time.
+        settings: Number of rounds and duration of one timing.
+
+    Returns:
+        The timings, by the candidates' names.
+    """
+    calls = {c.name: _calls_in(settings.burst_seconds, c) for c in candidates}
+    timings: dict[str, Timing] = {c.name: Timing(c.name, calls[c.name], []) for c in candidates}
+    shuffle = random.Random(0).shuffle
+    order = list(candidates)
+    for _ in range(settings.rounds):
+        shuffle(order)
+        for candidate in order:
+            seconds = _time(candidate, calls[candidate.name])
+            timings[candidate.name].seconds.append(seconds / calls[candidate.name])
+    return timings
+
+
+def _calls_in(seconds: float, candidate: Candidate) -> int:
+    calls = 1
+    while (duration := _time(candidate, calls)) < seconds:
+        calls = max(calls + 1, int(calls * min(10.0, 1.1 * seconds / duration)))
+    return calls
+
+
+def _time(candidate: Candidate, calls: int) -> float:
+    step = candidate.step
+    gc.collect(0)
+    gc.disable()
+    try:
+        with intra_op_threads(candidate.threads):
+            step()  # The threads are awake and the caches hold what they can.
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def intra_op_threads(threads: int) -> Iterator[None]:
+    """Sets torch's number of intra-op threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on, apart from the code."""
+    return {
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sgdr_fused": importlib.metadata.version("sgdr_fused"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints an aligned table: the first column to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    print(f"\n{title}")
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  " + "   ".join(cells))
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes results, with the environment they were measured in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+
+
+def new_axes(n_rows: int, n_columns: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure for a README, 800 pixels wide there, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), dpi=200, layout="constrained", facecolor="white")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel().tolist()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """Saves a figure below a line that says where it was measured."""
+    here = environment()
+    where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
+    figure.supxlabel(where, fontsize=8, color="0.45")
+    figure.savefig(path)
+    print(f"\nwrote {path.with_suffix('.json').name} and {path.name}")

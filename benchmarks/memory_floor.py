@@ -1,0 +1,79 @@
+"""A bare loop of a step's loads and stores, which no step can be faster than."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from benchmarks.harness import Candidate, Workload
+
+__all__ = ["floor_candidates"]
+
+CHUNK_NUMELS = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
+
+
+class _Tensors(ctypes.Structure):
+    """``Tensors`` of memory_floor.cpp."""
+
+    _fields_ = (
+        ("size", ctypes.c_int64),
+        ("params", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
+        ("momentum_buffers", ctypes.c_void_p),
+        ("numels", ctypes.c_void_p),
+    )
+
+
+def floor_candidates(workload: Workload, threads: int) -> list[Candidate]:
+    """Several chunk sizes and two forms of the loop, on a workload's tensors.
+
+    The fastest of them is the floor: nobody knows beforehand which one suits a machine.
+
+    Args:
+        workload: Parameters, gradients and momentum buffers.
+        threads: Intra-op threads to use.
+    """
+    library = _compiled()
+    columns = (
+        _pointers(workload.params),
+        _pointers([param.grad for param in workload.params]),
+        _pointers(workload.momentum_buffers),
+        torch.tensor([param.numel() for param in workload.params]),
+    )
+    tensors = _Tensors(len(workload.params), *(column.data_ptr() for column in columns))
+
+    def call(chunk_numel: int, prefetch: int) -> Callable[[], object]:
+        def step(keep_alive: object = columns) -> None:
+            library.memory_floor(ctypes.byref(tensors), ctypes.c_int64(chunk_numel), prefetch)
+
+        return step
+
+    return [
+        Candidate(f"memory floor, chunks of {numel}{form}", call(numel, prefetch), threads)
+        for numel in CHUNK_NUMELS
+        for prefetch, form in enumerate(("", ", prefetching"))
+    ]
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL:
+    """Compiles memory_floor.cpp into torch's cache folder for extensions."""
+    path = cpp_extension.load(
+        name="sgdr_memory_floor",
+        sources=[str(Path(__file__).with_suffix(".cpp"))],
+        # Without -fopenmp at::parallel_for is a plain loop.
+        extra_cflags=["-O3", "-march=native", "-fopenmp"],
+        extra_ldflags=["-fopenmp"],
+        is_python_module=False,
+    )
+    return ctypes.CDLL(path)

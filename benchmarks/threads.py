@@ -1,0 +1,103 @@
+"""Where a second thread starts to pay.
+
+FusedSGDR's step on one thread and on two, over one large tensor and over tensors of 64 elements.
+Below ``kParallelNumel`` of csrc/fused_step.h the library itself stays on one thread, so both take
+equally long there: to see further down, lower the constant, rebuild and run this again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import shapes
+from benchmarks.harness import (
+    Candidate,
+    Workload,
+    fused_sgdr,
+    measure,
+    new_axes,
+    parse_settings,
+    print_table,
+    write_json,
+    write_picture,
+)
+
+LAYOUTS = ("one tensor", "tensors of 64 elements")
+THRESHOLD = re.compile(r"kParallelNumel = (?:(\d+) << )?(\d+);")
+
+
+def parallel_numel() -> int | None:
+    """The library's threshold, as it stands in the sources; None where it is not a plain number."""
+    header = Path(__file__).parent.parent / "csrc" / "fused_step.h"
+    match = THRESHOLD.search(header.read_text())
+    if match is None:
+        return None
+    return int(match[2]) if match[1] is None else int(match[1]) << int(match[2])
+
+
+def draw(results: Sequence[dict[str, Any]], threshold: int | None) -> Any:
+    """How much faster two threads are."""
+    figure, (ax,) = new_axes(1, 1, height=3.6)
+    for layout, color in zip(LAYOUTS, ("#1f4e79", "#d9822b"), strict=True):
+        rows = [row for row in results if row["layout"] == layout]
+        elements = [row["elements"] for row in rows]
+        ax.plot(elements, [row["speedup"] for row in rows], "o-", color=color, label=layout)
+    ax.axhline(1, color="0.6", linewidth=1)
+    if threshold is not None:
+        ax.axvline(threshold, color="0.6", linewidth=1, linestyle=":")
+        ax.annotate(" kParallelNumel", (threshold, 0.02), xycoords=("data", "axes fraction"))
+    ax.set_xscale("log", base=2)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("elements")
+    ax.set_ylabel("1 thread's time / 2 threads'")
+    ax.legend(frameon=False)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures all sizes; writes threads.json and threads.png."""
+    settings = parse_settings(argv, __doc__)
+    sizes = [1 << exponent for exponent in (range(12, 15) if settings.quick else range(12, 23))]
+    candidates: dict[tuple[str, int, int], Candidate] = {}
+    for layout in LAYOUTS:
+        for size in sizes:
+            each = size if layout == LAYOUTS[0] else 64
+            workload = Workload(shapes.small_tensors(size // each, numel_each=each))
+            for threads in (1, 2):
+                name = f"{layout}, {size} elements, threads={threads}"
+                candidate = workload.candidate(name, threads, fused_sgdr)
+                candidates[layout, size, threads] = candidate
+    timings = measure(list(candidates.values()), settings)
+
+    results = []
+    for layout in LAYOUTS:
+        rows = []
+        for size in sizes:
+            one, two = (timings[candidates[layout, size, threads].name] for threads in (1, 2))
+            speedup = one.ratio_to(two)
+            medians = (f"{one.median * 1e6:.1f}", f"{two.median * 1e6:.1f}")
+            rows.append((str(size), *medians, f"{speedup:.2f}"))
+            results.append(
+                {
+                    "layout": layout,
+                    "elements": size,
+                    "speedup": round(speedup, 4),
+                    "timings": [one.as_json() | {"threads": 1}, two.as_json() | {"threads": 2}],
+                }
+            )
+        header = ("elements", "1 thread µs", "2 threads µs", "1 thread / 2 threads")
+        print_table(layout.capitalize(), header, rows)
+    threshold = parallel_numel()
+    print(f"  kParallelNumel = {threshold}")
+    write_json(
+        settings.out / "threads.json",
+        {"rounds": settings.rounds, "kParallelNumel": threshold, "sizes": results},
+    )
+    write_picture(settings.out / "threads.png", draw(results, threshold))
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ class _Tensors(ctypes.Structure):
 
 
 def floor_candidates(workload: Workload, threads: int) -> list[Candidate]:
-    """Several chunk sizes and two forms of the loop, on a workload's tensors.
+    """Several chunk sizes, dealt to the threads in two ways, on a workload's tensors.
 
     The fastest of them is the floor: nobody knows beforehand which one suits a machine.
 
@@ -48,16 +48,16 @@ def floor_candidates(workload: Workload, threads: int) -> list[Candidate]:
     )
     tensors = _Tensors(len(workload.params), *(column.data_ptr() for column in columns))
 
-    def call(chunk_numel: int, prefetch: int) -> Callable[[], object]:
+    def call(chunk_numel: int, in_turn: int) -> Callable[[], object]:
         def step(keep_alive: object = columns) -> None:
-            library.memory_floor(ctypes.byref(tensors), ctypes.c_int64(chunk_numel), prefetch)
+            library.memory_floor(ctypes.byref(tensors), ctypes.c_int64(chunk_numel), in_turn)
 
         return step
 
     return [
-        Candidate(f"memory floor, chunks of {numel}{form}", call(numel, prefetch), threads)
+        Candidate(f"memory floor, chunks of {numel}{form}", call(numel, in_turn), threads)
         for numel in CHUNK_NUMELS
-        for prefetch, form in enumerate(("", ", prefetching"))
+        for in_turn, form in enumerate(("", ", in turn"))
     ]
 
 
@@ -71,9 +71,8 @@ def _compiled() -> ctypes.CDLL:
     path = cpp_extension.load(
         name="sgdr_memory_floor",
         sources=[str(Path(__file__).with_suffix(".cpp"))],
-        # Without -fopenmp at::parallel_for is a plain loop.
+        # Without -fopenmp at::parallel_for is a plain loop. To link it would load a second OpenMP.
         extra_cflags=["-O3", "-march=native", "-fopenmp"],
-        extra_ldflags=["-fopenmp"],
         is_python_module=False,
     )
     return ctypes.CDLL(path)

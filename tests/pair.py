@@ -41,9 +41,22 @@ def copies_of(params):
 
 
 def draw(size, dtype, generator):
-    """Nonzero random numbers."""
-    values = torch.randn(size, dtype=_at_least_float(dtype), generator=generator)
-    return torch.where(values == 0, torch.ones_like(values), values).to(dtype)
+    """Nonzero random numbers of magnitude up to 2, as long as the mantissa.
+
+    Made of integers: torch.randn gives other numbers with other instruction sets.
+    """
+    if dtype.is_complex:
+        parts = [draw(size, dtype.to_real(), generator) for _ in range(2)]
+        return torch.complex(*parts)
+    limit = 2**53 if dtype == torch.float64 else 2**24
+    numbers = torch.randint(1, limit, to_size(size), generator=generator)
+    signs = torch.randint(0, 2, to_size(size), generator=generator) * 2 - 1
+    return (numbers * signs).to(torch.float64).div(limit // 2).to(dtype)
+
+
+def to_size(size):
+    """A shape of one dimension for an int."""
+    return (size,) if isinstance(size, int) else size
 
 
 def give_gradients(step, *sides):
@@ -117,7 +130,3 @@ def assert_unchanged(before, optimizer, params):
             assert old is None or same_bits(old, new), f"{name} {i} changed"
     for name in ("groups", "members", "state"):
         assert before[name] == after[name], name
-
-
-def _at_least_float(dtype):
-    return torch.float32 if dtype.itemsize < 4 else dtype

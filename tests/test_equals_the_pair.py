@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHUNK_SIZES, SIZES
+from cases import CHUNK_SIZES, SIZES
 from pair import Pair, assert_same, copies_of, give_gradients, make_params
 
 from sgdr_fused import FusedSGDR

@@ -1,0 +1,388 @@
+"""The schedule: one closed form, two incremental ones, torch's and exact integers, all the same."""
+
+import importlib
+import importlib.util
+import math
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BACKENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+from sgdr_fused import CosineWarmRestarts, FusedSGDR, Position, fit_T_0, native
+
+RATE = st.floats(0, 10, allow_subnormal=False)
+
+SCHEDULES = st.builds(
+    lambda lr, share, **options: CosineWarmRestarts(lr=lr, eta_min=lr * share, **options),
+    lr=RATE,
+    share=st.floats(0, 1),
+    T_0=st.integers(1, 12),
+    T_mult=st.one_of(st.integers(1, 4), st.floats(1, 4)),
+    steps_per_epoch=st.integers(1, 5),
+    anneal=st.sampled_from(["step", "epoch"]),
+    warmup_steps=st.integers(0, 15),
+    warmup_start_lr=RATE,
+    cycle_decay=st.floats(0, 1.5, allow_subnormal=False),
+    n_cycles=st.one_of(st.none(), st.integers(1, 6)),
+)
+
+
+def running(schedule, backend):
+    """An optimizer that follows a schedule, on a parameter that never has a gradient."""
+    options = {name: getattr(schedule, name) for name in schedule.__dataclass_fields__}
+    return FusedSGDR([torch.nn.Parameter(torch.zeros(1))], backend=backend, **options)
+
+
+def position_of(group):
+    return Position(*(group[name] for name in Position._fields))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None)
+@given(schedule=SCHEDULES)
+def test_running_optimizer_follows_the_closed_form(backend, schedule):
+    optimizer = running(schedule, backend)
+    group = optimizer.param_groups[0]
+    for step in range(100):
+        assert position_of(group) == schedule.position(step)
+        assert group["lr"] == schedule.lr_at(step), step
+        optimizer.step()
+
+
+@settings(max_examples=150, deadline=None)
+@given(schedule=SCHEDULES)
+def test_plain_python_advances_as_its_closed_form(schedule):
+    position = schedule.position(0)
+    for step in range(1, 150):
+        position = schedule.advance(position)
+        assert position == schedule.position(step)
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedule=SCHEDULES, start=st.integers(0, 10**6))
+def test_running_optimizer_may_start_anywhere(schedule, start):
+    if native.extension is None:
+        pytest.skip(native.why_missing)
+    # A cycle a step, for ever: the closed form walks over them.
+    optimizer = running(schedule, "native")
+    start = start % 3000 if schedule.T_mult < 1.1 else start
+    optimizer.seek(start)
+    for step in range(start, start + 20):
+        assert position_of(optimizer.param_groups[0]) == schedule.position(step)
+        assert optimizer.get_last_lr() == [schedule.lr_at(step)]
+        optimizer.step()
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedule=SCHEDULES, total=st.integers(0, 300))
+def test_restarts_are_where_a_new_cycle_begins(schedule, total):
+    positions = [schedule.position(step) for step in range(total)]
+    starts = [p.step for p in positions if p.T_cur == 0 and 0 < p.cycle != schedule.n_cycles]
+    assert schedule.restarts(total) == starts
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedule=SCHEDULES)
+def test_every_lr_is_between_the_floor_and_its_cycles_peak(schedule):
+    for step in range(100):
+        position = schedule.position(step)
+        if position.T_cur < 0:
+            low, high = sorted((schedule.lr, schedule.warmup_start_lr))
+        else:
+            low = schedule.eta_min
+            high = low + (schedule.lr - low) * max(1, schedule.cycle_decay) ** position.cycle
+        # Of the sums and products on the way; the i-th power has up to i roundings.
+        slack = (4 + position.cycle) * 2**-52 * high
+        assert low - slack <= schedule.lr_at(step) <= high + slack
+
+
+# ----------------------------------------------------------------------------------------- torch's
+
+TORCH_SCHEDULES = [
+    (T_0, T_mult, eta_min)
+    for T_0 in (1, 2, 3, 7, 10)
+    for T_mult in (1, 2, 3, 5, 9, 10)
+    for eta_min in (0.0, 1e-3)
+]
+
+
+def torch_scheduler(lr, T_0, T_mult, eta_min):
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    sgd.step()  # or the scheduler warns
+    return CosineAnnealingWarmRestarts(sgd, T_0=T_0, T_mult=T_mult, eta_min=eta_min)
+
+
+@pytest.mark.parametrize(("T_0", "T_mult", "eta_min"), TORCH_SCHEDULES)
+def test_each_step_is_torchs_to_the_bit(T_0, T_mult, eta_min):
+    scheduler = torch_scheduler(0.3, T_0, T_mult, eta_min)
+    schedule = CosineWarmRestarts(lr=0.3, T_0=T_0, T_mult=T_mult, eta_min=eta_min)
+    for step in range(600):
+        assert schedule.lr_at(step) == scheduler.get_last_lr()[0], step
+        position = schedule.position(step)
+        assert (position.T_cur, position.T_i) == (scheduler.T_cur, scheduler.T_i)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler.step()
+
+
+def exact_position(T_0, T_mult, epoch):
+    """By integers alone."""
+    T_i = T_0
+    while epoch >= T_i:
+        epoch -= T_i
+        T_i *= T_mult
+    return epoch, T_i
+
+
+def points_torch_gets_wrong(T_0, T_mult, epochs):
+    scheduler = torch_scheduler(1.0, T_0, T_mult, 0.0)
+    wrong = []
+    for epoch in range(epochs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler.step(epoch)
+        if (scheduler.T_cur, scheduler.T_i) != exact_position(T_0, T_mult, epoch):
+            wrong.append(epoch)
+    return wrong
+
+
+@pytest.mark.parametrize("T_0", [1, 2, 3, 10])
+@pytest.mark.parametrize("T_mult", [1, 2, 3, 5, 9, 10])
+def test_any_epoch_is_torchs_wherever_torch_is_right(T_0, T_mult):
+    schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
+    scheduler = torch_scheduler(1.0, T_0, T_mult, 0.0)
+    compared = 0
+    for epoch in range(1500):
+        exact = exact_position(T_0, T_mult, epoch)
+        assert schedule.position(epoch)[2:] == exact
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler.step(epoch)
+        if (scheduler.T_cur, scheduler.T_i) == exact:
+            assert schedule.lr_at(epoch) == scheduler.get_last_lr()[0]
+            compared += 1
+    assert compared > 1000
+
+
+@pytest.mark.parametrize(
+    ("T_0", "T_mult", "wrong"),
+    [
+        (1, 2, []),
+        (1, 3, [121]),
+        (2, 3, [242]),
+        (10, 3, [1210]),
+        (1, 9, [7381]),
+        (1, 10, [111]),
+        (2, 10, [222]),
+        (3, 10, [333]),
+    ],
+)
+def test_points_that_torch_gets_wrong_are_right_here(T_0, T_mult, wrong):
+    """Restarts that torch's scheduler.step(epoch) begins one epoch late: all below 8000."""
+    assert points_torch_gets_wrong(T_0, T_mult, 8000) == wrong, "torch has mended this: say so"
+    schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
+    for epoch in wrong:
+        assert schedule.position(epoch)[2:] == exact_position(T_0, T_mult, epoch)
+        assert schedule.lr_at(epoch) == 1.0
+
+
+@pytest.mark.parametrize("T_mult", [2, 3, 7, 9, 10])
+@pytest.mark.parametrize("cycle", [1, 5, 10, 15])
+def test_restarts_of_huge_steps_are_exact(T_mult, cycle):
+    schedule = CosineWarmRestarts(lr=1.0, T_0=1, T_mult=T_mult)
+    start = (T_mult**cycle - 1) // (T_mult - 1)
+    assert schedule.position(start) == (start, cycle, 0, T_mult**cycle)
+    assert schedule.position(start - 1)[1] == cycle - 1
+    assert schedule.lr_at(start) == 1.0
+
+
+def test_huge_step_of_equal_cycles_is_reached_at_once():
+    schedule = CosineWarmRestarts(lr=1.0, T_0=7, n_cycles=10**17)
+    assert schedule.position(7 * 10**15 + 3) == (7 * 10**15 + 3, 10**15, 3, 7)
+    assert schedule.position(7 * 10**17 + 3)[1] == 10**17
+    assert schedule.lr_at(7 * 10**17 + 3) == 0.0
+
+
+@pytest.mark.parametrize("T_mult", [2, 1.5, 1e300])
+def test_cycle_too_long_to_end_does_not_overflow(T_mult):
+    schedule = CosineWarmRestarts(lr=1.0, T_0=5, T_mult=T_mult)
+    assert schedule.cycle_length(5000) == 2**53
+    assert schedule.position(10**15).cycle < 5000
+
+
+def test_epoch_annealing_keeps_the_lr_of_an_epoch():
+    schedule = CosineWarmRestarts(lr=0.3, T_0=5, T_mult=2, steps_per_epoch=4, anneal="epoch")
+    scheduler = torch_scheduler(0.3, 5, 2, 0.0)
+    for epoch in range(100):
+        lrs = {schedule.lr_at(4 * epoch + i) for i in range(4)}
+        assert lrs == {scheduler.get_last_lr()[0]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler.step()
+
+
+def test_epoch_of_several_steps_is_torchs_fraction_of_an_epoch():
+    """scheduler.step(epoch + i / n), to the rounding of that fraction."""
+    schedule = CosineWarmRestarts(lr=1.0, T_0=3, T_mult=2, steps_per_epoch=8)
+    scheduler = torch_scheduler(1.0, 3, 2, 0.0)
+    for step in range(200):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler.step(step / 8)  # eighths are exact
+        assert schedule.lr_at(step) == pytest.approx(scheduler.get_last_lr()[0], abs=2**-50)
+
+
+def test_warm_up_is_a_line_that_ends_at_the_peak():
+    schedule = CosineWarmRestarts(lr=0.5, T_0=4, warmup_steps=4, warmup_start_lr=0.1)
+    assert [schedule.lr_at(s) for s in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert schedule.lr_at(4) == 0.5
+    assert schedule.position(0) == (0, 0, -4, 4)
+    assert schedule.restarts(20) == [8, 12, 16]
+
+
+def test_peaks_shrink_towards_the_floor():
+    schedule = CosineWarmRestarts(lr=0.9, T_0=2, eta_min=0.1, cycle_decay=0.5)
+    assert [schedule.lr_at(2 * i) for i in range(4)] == pytest.approx([0.9, 0.5, 0.3, 0.2])
+
+
+def test_schedule_stays_at_the_floor_after_its_last_cycle():
+    schedule = CosineWarmRestarts(lr=0.9, T_0=3, T_mult=2, eta_min=0.125, n_cycles=2)
+    assert schedule.lr_at(8) > 0.125
+    assert {schedule.lr_at(step) for step in (9, 10, 100, 10**9)} == {0.125}
+
+
+def test_cycle_lengths_of_a_real_T_mult_are_rounded():
+    schedule = CosineWarmRestarts(lr=1.0, T_0=10, T_mult=1.5)
+    assert [schedule.cycle_length(i) for i in range(5)] == [10, 15, 22, 34, 51]
+
+
+# ------------------------------------------------------------------------------------------ budgets
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    total=st.integers(1, 5000),
+    n_cycles=st.integers(1, 6),
+    T_mult=st.one_of(st.integers(1, 3), st.floats(1, 3)),
+)
+def test_fit_T_0_is_the_longest_first_cycle_that_fits(total, n_cycles, T_mult):
+    def needed(T_0):
+        schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
+        return sum(schedule.cycle_length(i) for i in range(n_cycles))
+
+    if needed(1) > total:
+        with pytest.raises(ValueError, match=f"total_steps={total} is too short"):
+            fit_T_0(total, n_cycles, T_mult)
+        return
+    T_0 = fit_T_0(total, n_cycles, T_mult)
+    assert needed(T_0) <= total < needed(T_0 + 1)
+
+
+def test_fit_T_0_of_the_example():
+    assert fit_T_0(total_steps=90, n_cycles=3, T_mult=2) == 12
+
+
+@pytest.mark.parametrize("n_cycles", [0, -1, 2.5, True])
+def test_fit_T_0_wants_a_number_of_cycles(n_cycles):
+    with pytest.raises(ValueError, match=f"n_cycles={n_cycles!r}"):
+        fit_T_0(10, n_cycles)
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, "1", None, True])
+def test_position_wants_a_step(step):
+    with pytest.raises(ValueError, match="step="):
+        CosineWarmRestarts(lr=1.0, T_0=3).position(step)
+
+
+def test_schedule_can_be_neither_changed_nor_confused():
+    schedule = CosineWarmRestarts(lr=1.0, T_0=3)
+    with pytest.raises(AttributeError):
+        schedule.T_0 = 4
+    assert schedule == CosineWarmRestarts(lr=1.0, T_0=3, T_mult=1)
+    assert len({schedule, CosineWarmRestarts(lr=1.0, T_0=3)}) == 1
+
+
+# ------------------------------------------------------------------------------------------- others
+
+# optax and timm work in their own order of operations, optax in float32.
+FLOAT32_ROUNDINGS = 8 * 2**-24
+FLOAT64_ROUNDINGS = 8 * 2**-53
+
+
+@pytest.mark.parametrize("T_mult", [1, 2, 3])
+def test_schedule_is_optaxs(T_mult):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optax = pytest.importorskip("optax")
+    schedule = CosineWarmRestarts(
+        lr=0.5, T_0=10, T_mult=T_mult, warmup_steps=5, warmup_start_lr=0.1, cycle_decay=0.5
+    )
+    # sgdr_schedule warms up in each cycle; ours once, so later cycles have a warm-up of no steps.
+    theirs = optax.sgdr_schedule(
+        [
+            {
+                "init_value": 0.1 if i == 0 else 0.5 * 0.5**i,
+                "peak_value": 0.5 * 0.5**i,
+                "warmup_steps": 5 if i == 0 else 0,
+                "decay_steps": schedule.cycle_length(i) + (5 if i == 0 else 0),
+                "end_value": 0.0,
+            }
+            for i in range(4)
+        ]
+    )
+    for step in range(5 + sum(schedule.cycle_length(i) for i in range(4))):
+        assert schedule.lr_at(step) == pytest.approx(float(theirs(step)), abs=FLOAT32_ROUNDINGS)
+
+
+def timm_module(name):
+    """A module of timm.scheduler, without timm itself, which wants torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None:
+        pytest.skip("no timm")
+    package = types.ModuleType("timm_scheduler")
+    package.__path__ = [str(Path(spec.origin).parent / "scheduler")]
+    sys.modules["timm_scheduler"] = package
+    return importlib.import_module(f"timm_scheduler.{name}")
+
+
+def test_schedule_is_timms():
+    scheduler = timm_module("cosine_lr")
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = scheduler.CosineLRScheduler(
+        sgd,
+        t_initial=10,
+        lr_min=0.01,
+        cycle_mul=2.0,
+        cycle_decay=0.5,
+        cycle_limit=3,
+        warmup_t=5,
+        warmup_lr_init=0.1,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    ours = CosineWarmRestarts(
+        lr=0.5, T_0=10, T_mult=2, eta_min=0.01, warmup_steps=5, warmup_start_lr=0.1, n_cycles=3
+    )
+    # timm's peaks shrink as lr * decay ** i, ours in their distance from the floor.
+    for step in range(5 + 10):
+        theirs.step_update(step)
+        assert ours.lr_at(step) == pytest.approx(sgd.param_groups[0]["lr"], abs=FLOAT64_ROUNDINGS)
+    for step in (15 + 20 + 40, 100, 1000):
+        theirs.step_update(step)
+        assert ours.lr_at(step) == sgd.param_groups[0]["lr"] == 0.01
+
+
+def test_formula_is_the_papers():
+    """Equation 5, for the figures that the paper's own experiments use."""
+    schedule = CosineWarmRestarts(lr=0.05, T_0=1, T_mult=2, steps_per_epoch=391)
+    step = 391 * (1 + 2) + 391 + 17  # in the third cycle, of 4 epochs
+    expected = 0.5 * 0.05 * (1 + math.cos((391 + 17) / (4 * 391) * math.pi))
+    assert schedule.lr_at(step) == pytest.approx(expected, rel=FLOAT64_ROUNDINGS)
+    assert schedule.restarts(391 * 16) == [391, 391 * 3, 391 * 7, 391 * 15]

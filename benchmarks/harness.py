@@ -44,8 +44,7 @@ __all__ = [
     "new_axes",
     "parse_settings",
     "print_table",
-    "write_json",
-    "write_picture",
+    "write_results",
 ]
 
 # So large an LR that a few steps show every option, the weight decay too, above the rounding.
@@ -67,6 +66,7 @@ class Settings:
         burst_seconds: Least duration of one timing.
         quick: Tiny shapes: try the benchmark out, and believe no number.
         out: Folder for JSON and pictures.
+        load_before: How many processes kept the machine busy before.
         flags: Whether each of the benchmark's own flags was given.
     """
 
@@ -74,6 +74,7 @@ class Settings:
     burst_seconds: float
     quick: bool
     out: Path
+    load_before: float
     flags: dict[str, bool]
 
 
@@ -95,11 +96,15 @@ def parse_settings(argv: Sequence[str] | None, description: str | None, **flags:
     rounds = arguments.rounds or (3 if arguments.quick else 30)
     if rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
+    load = os.getloadavg()[0]
+    if load > 0.3:
+        print(f"The machine is busy (load {load:.1f}): steps on several threads will look slow.")
     return Settings(
         rounds=rounds,
         burst_seconds=0.001 if arguments.quick else 0.02,
         quick=arguments.quick,
         out=arguments.out,
+        load_before=round(load, 2),
         flags={flag: getattr(arguments, flag) for flag in flags},
     )
 
@@ -292,7 +297,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sgdr_fused": importlib.metadata.version("sgdr_fused"),
-        "load_average": round(os.getloadavg()[0], 2),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -317,12 +321,6 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         print("  " + "   ".join(cells))
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes results, with the environment they were measured in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
-
-
 def new_axes(n_rows: int, n_columns: int, height: float) -> tuple[Any, list[Any]]:
     """A figure for a README, 800 pixels wide there, and its axes."""
     from matplotlib.figure import Figure
@@ -334,10 +332,20 @@ def new_axes(n_rows: int, n_columns: int, height: float) -> tuple[Any, list[Any]
     return figure, axes
 
 
-def write_picture(path: Path, figure: Any) -> None:
-    """Saves a figure below a line that says where it was measured."""
-    here = environment()
+def write_results(settings: Settings, name: str, results: dict[str, Any], figure: Any) -> None:
+    """Writes NAME.json and NAME.png, and into both where they were measured.
+
+    Args:
+        settings: Where to write.
+        name: The benchmark's.
+        results: What was measured.
+        figure: The picture of it.
+    """
+    here = environment() | {"load_before": settings.load_before, "rounds": settings.rounds}
+    settings.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": here, **results}, indent=1)
+    (settings.out / f"{name}.json").write_text(text + "\n")
     where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
     figure.supxlabel(where, fontsize=8, color="0.45")
-    figure.savefig(path)
-    print(f"\nwrote {path.with_suffix('.json').name} and {path.name}")
+    figure.savefig(settings.out / f"{name}.png")
+    print(f"\nwrote {name}.json and {name}.png")

@@ -20,8 +20,7 @@ from benchmarks.harness import (
     new_axes,
     parse_settings,
     print_table,
-    write_json,
-    write_picture,
+    write_results,
 )
 
 N_TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000)
@@ -118,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(threads, counts, [timings[candidates[threads, count].name] for count in counts])
         for threads in numbers_of_threads
     ]
-    write_json(settings.out / "small_tensors.json", {"rounds": settings.rounds, "series": results})
-    write_picture(settings.out / "small_tensors.png", draw(results))
+    write_results(settings, "small_tensors", {"series": results}, draw(results))
 
 
 if __name__ == "__main__":

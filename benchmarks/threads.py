@@ -21,8 +21,7 @@ from benchmarks.harness import (
     new_axes,
     parse_settings,
     print_table,
-    write_json,
-    write_picture,
+    write_results,
 )
 
 LAYOUTS = ("one tensor", "tensors of 64 elements")
@@ -92,11 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_table(layout.capitalize(), header, rows)
     threshold = parallel_numel()
     print(f"  kParallelNumel = {threshold}")
-    write_json(
-        settings.out / "threads.json",
-        {"rounds": settings.rounds, "kParallelNumel": threshold, "sizes": results},
-    )
-    write_picture(settings.out / "threads.png", draw(results, threshold))
+    everything = {"kParallelNumel": threshold, "sizes": results}
+    write_results(settings, "threads", everything, draw(results, threshold))
 
 
 if __name__ == "__main__":

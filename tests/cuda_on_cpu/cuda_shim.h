@@ -9,8 +9,8 @@
 // What a kernel must heed, beyond CUDA's own rules:
 // - `alignas` stands before `__shared__`, not after it; `__align__(n)` may stand on either side;
 // - `extern __shared__` arrays are defined once, by SHIM_DYNAMIC_SHARED_MEMORY below;
-// - a loop that waits for another thread must wait by an atomic, a fence or __nanosleep(): nothing
-// else lets others run.
+// - a loop that waits for another thread needs an atomic, a fence or __nanosleep() in it, which are
+//   where others get to run.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -36,7 +36,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ thread_local  // static as well, in a function; see shim_scheduler.h
+// See shim_scheduler.h. constinit: as in CUDA, no constructor runs.
+#define __shared__ constinit thread_local
 
 #define threadIdx (::shim::this_thread().index)
 #define blockIdx (::shim::this_thread().block->index)
@@ -44,11 +45,14 @@
 #define gridDim (::shim::this_thread().block->grid.blocks)
 constexpr int warpSize = shim::kWarpSize;
 
-// Defines the memory behind `extern __shared__ type name[]`, in the namespace of the function that
-// declares it. A launch may ask for at most `max_bytes`; AddressSanitizer guards what a launch did
-// not ask for.
+// Defines the memory behind `extern __shared__ type name[]`: to be written before the function that
+// declares it, in the same namespace. A launch may ask for at most `max_bytes`; AddressSanitizer
+// guards what it did not ask for.
+// (g++ takes every `extern thread_local` of a function for one with a constructor, and then wants
+// one in the file.)
 #define SHIM_DYNAMIC_SHARED_MEMORY(type, name, max_bytes)                          \
-  alignas(16) thread_local type name[(max_bytes) / sizeof(type)];                  \
+  alignas(16) __shared__ type name[(max_bytes) / sizeof(type)];                    \
+  [[maybe_unused]] static thread_local int shim_constructed_##name = std::rand();  \
   [[maybe_unused]] static const bool shim_has_##name = [] {                        \
     ::shim::dynamic_shared_memory = {[]() -> void* { return name; }, sizeof name}; \
     return true;                                                                   \
@@ -212,8 +216,7 @@ inline unsigned atomicDec(unsigned* address, unsigned limit) {
       address, [&](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
 }
 
-// ------------------------------------------------------------------------------------------ loads,
-// stores, arithmetic
+// ----------------------------------------------------------------------- loads, stores, arithmetic
 
 // The cache hints change no value. volatile T is not for them, as in CUDA.
 #define SHIM_LOAD(name)      \

@@ -8,8 +8,9 @@
 // builds it, and runtime_log.py reads what it wrote down.
 //
 // Environment:
-//   FAKE_CUDA_DEVICES=n    so many devices (default 1); a kernel can touch the memory of its own
-//   device only FAKE_CUDA_GUARD=1      each allocation ends at a page that faults, so that an
+//   FAKE_CUDA_KERNELS=a.so:b.so  libraries with host versions of kernels, loaded at the first
+//   launch FAKE_CUDA_DEVICES=n    so many devices (default 1); a kernel can touch the memory of its
+//   own device only FAKE_CUDA_GUARD=1      each allocation ends at a page that faults, so that an
 //   overrun by one byte is seen (by less
 //                          than 16 bytes: when it is freed). With PYTORCH_NO_CUDA_MEMORY_CACHING=1:
 //                          each tensor
@@ -18,6 +19,7 @@
 #include "fake_cudart.h"
 
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -33,6 +35,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <sstream>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -57,7 +60,7 @@ int number_of_devices() {
   return text != nullptr ? std::atoi(text) : 1;
 }
 
-// ------------------------------------------------------------------------------------------ state
+// ------------------------------------------------------------------------------------------- state
 
 struct Work {
   int device;
@@ -263,7 +266,7 @@ cudaError_t release(void* pointer) {
   return cudaSuccess;
 }
 
-// ------------------------------------------------------------------------------------------ work
+// -------------------------------------------------------------------------------------------- work
 
 void execute(const Work& work) {
   if (runtime().broken != cudaSuccess) return;
@@ -370,10 +373,24 @@ cudaError_t fill(void* to, int value, size_t bytes, Stream& stream) {
   return enqueue(stream, {kAllDevices, [=] { std::memset(to, value, bytes); }, false});
 }
 
-// ------------------------------------------------------------------------------------------
-// launches
+// ---------------------------------------------------------------------------------------- launches
+
+// RTLD_LOCAL: the host version of a kernel has the name of nvcc's host stub, and must not take its
+// place.
+void load_host_kernels() {
+  const char* const list = std::getenv("FAKE_CUDA_KERNELS");
+  if (list == nullptr) return;
+  std::istringstream paths(list);
+  for (std::string path; std::getline(paths, path, ':');) {
+    if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) != nullptr) continue;
+    std::fprintf(stderr, "fake_cudart: %s\n", dlerror());
+    std::abort();
+  }
+}
 
 const HostKernel* find_host_kernel(const std::string& name) {
+  static std::once_flag once;
+  std::call_once(once, load_host_kernels);
   const HostKernel* best = nullptr;
   for (const HostKernel& kernel : runtime().host_kernels) {
     if (kernel.name == name) return &kernel;
@@ -430,8 +447,7 @@ cudaError_t launch(const char* call_name, const void* stub, dim3 grid, dim3 bloc
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------ for
-// tests
+// --------------------------------------------------------------------------------------- for tests
 
 API void fake_register_kernel(const char* name, void (*run)(const FakeLaunch*), int n_args,
                               const size_t* arg_bytes) {
@@ -456,8 +472,7 @@ API void fake_set_deferred(int deferred) {
 // How many launches, copies and fills have been called for and not yet run.
 API size_t fake_pending() { return runtime().pending.size(); }
 
-// ------------------------------------------------------------------------------------------
-// devices
+// ----------------------------------------------------------------------------------------- devices
 
 API cudaError_t cudaGetDeviceCount(int* count) {
   const Call call("cudaGetDeviceCount");
@@ -589,8 +604,7 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** functi
   return cudaErrorUnknown;
 }
 
-// ------------------------------------------------------------------------------------------
-// memory, again
+// ----------------------------------------------------------------------------------- memory, again
 
 API cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   const Call call("cudaMalloc", "bytes=%zu", bytes);
@@ -713,8 +727,7 @@ API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t 
   return result(fill(to, value, bytes, stream));
 }
 
-// ------------------------------------------------------------------------------------------
-// streams
+// ----------------------------------------------------------------------------------------- streams
 
 namespace {
 
@@ -961,8 +974,7 @@ API cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigne
   return cudaSuccess;
 }
 
-// ------------------------------------------------------------------------------------------
-// kernels
+// ----------------------------------------------------------------------------------------- kernels
 
 API cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** args,
                                  size_t shared_bytes, cudaStream_t stream) {

@@ -8,8 +8,8 @@
 //
 // The name under which nvcc registers a kernel is its mangled name, and g++ gives the same function
 // the same name: it is looked up here from the function's address. So a kernel must have external
-// linkage (no anonymous namespace, no static), and its host version is to be a shared library built
-// without -fvisibility=hidden.
+// linkage: no anonymous namespace, no static. Compile with fake_cuda.host_kernels(), which has the
+// flags that this needs.
 #pragma once
 
 #include <dlfcn.h>

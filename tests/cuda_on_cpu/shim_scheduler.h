@@ -47,6 +47,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "cuda_vector_types.h"
@@ -227,29 +228,53 @@ namespace shim __attribute__((visibility("hidden"))) {
                             // host does after the launch
   };
 
-  // Fills this module's thread_local variables, which are the block's shared memory, with a poison
-  // value.
-  inline void poison_shared_memory() {
-    struct Range {
-      char* begin = nullptr;
-      size_t bytes = 0;
-    } range;
+  struct MemoryRange {
+    char* begin = nullptr;
+    size_t bytes = 0;
+  };
+
+  // This module's thread_local variables in the calling thread: the shared memory of its block, and
+  // current_thread.
+  inline MemoryRange shared_memory() {
+    MemoryRange range;
     const auto find = [](dl_phdr_info* module, size_t, void* found) {
       const auto* mine = reinterpret_cast<const char*>(&current_thread);
       for (int i = 0; i < module->dlpi_phnum; ++i) {
         if (module->dlpi_phdr[i].p_type != PT_TLS || module->dlpi_tls_data == nullptr) continue;
         auto* begin = static_cast<char*>(module->dlpi_tls_data);
         const size_t bytes = module->dlpi_phdr[i].p_memsz;
-        if (begin <= mine && mine < begin + bytes) *static_cast<Range*>(found) = {begin, bytes};
+        if (begin <= mine && mine < begin + bytes)
+          *static_cast<MemoryRange*>(found) = {begin, bytes};
       }
       return 0;
     };
     dl_iterate_phdr(find, &range);
     if (range.begin == nullptr)
       throw std::logic_error("shim: cannot find this module's shared memory");
+    return range;
+  }
+
+  // Before a block starts: its shared memory holds poison, and AddressSanitizer lets it touch what
+  // the launch asked for.
+  inline void prepare_shared_memory([[maybe_unused]] size_t dynamic_bytes) {
+    const MemoryRange range = shared_memory();
     Thread* const keep = current_thread;
     std::memset(range.begin, kPoison, range.bytes);
     current_thread = keep;
+#if defined(__SANITIZE_ADDRESS__)
+    if (const DynamicSharedMemory& dynamic = dynamic_shared_memory; dynamic.address != nullptr) {
+      __asan_poison_memory_region(static_cast<char*>(dynamic.address()) + dynamic_bytes,
+                                  dynamic.capacity - dynamic_bytes);
+    }
+#endif
+  }
+
+  // After it: the operating system gives the memory to other threads.
+  inline void give_back_shared_memory() {
+#if defined(__SANITIZE_ADDRESS__)
+    const MemoryRange range = shared_memory();
+    __asan_unpoison_memory_region(range.begin, range.bytes);
+#endif
   }
 
   // A block under way: its threads, and the operating system thread on which their fibers take
@@ -340,14 +365,7 @@ namespace shim __attribute__((visibility("hidden"))) {
 #if defined(__SANITIZE_THREAD__)
       scheduler_.tsan = __tsan_get_current_fiber();
 #endif
-      poison_shared_memory();
-#if defined(__SANITIZE_ADDRESS__)
-      if (const DynamicSharedMemory& dynamic = dynamic_shared_memory; dynamic.address != nullptr) {
-        __asan_poison_memory_region(
-            static_cast<char*>(dynamic.address()) + grid.dynamic_shared_bytes,
-            dynamic.capacity - grid.dynamic_shared_bytes);
-      }
-#endif
+      prepare_shared_memory(grid.dynamic_shared_bytes);
       const dim3 size = grid.threads;
       threads_.resize(size_t{size.x} * size.y * size.z);
       for (unsigned rank = 0; rank < threads_.size(); ++rank) {

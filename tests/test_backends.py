@@ -1,0 +1,386 @@
+"""Which backend takes the step, what is said where the native one cannot, and threads."""
+
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from pair import (
+    Pair,
+    assert_same,
+    assert_unchanged,
+    copies_of,
+    draw,
+    give_gradients,
+    make_params,
+    snapshot,
+)
+
+from sgdr_fused import FusedSGDR, native
+
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, "T_0": 3}
+needs_native = pytest.mark.skipif(native.extension is None, reason=native.why_missing)
+
+
+# ------------------------------------------------------------------------------- without extension
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As after an installation without a compiler."""
+    monkeypatch.setattr(native, "extension", None)
+    monkeypatch.setattr(native, "why_missing", "it was never built")
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_missing_extension_is_said_once_and_the_result_is_right():
+    ours, theirs = make_params([33]), make_params([33])
+    optimizer, pair = FusedSGDR(ours, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(5):
+        give_gradients(step, ours, theirs)
+        if step == 0:
+            with pytest.warns(UserWarning, match=r"slower reference path: it was never built"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs)
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_native_backend_that_is_missing_is_an_error():
+    with pytest.raises(RuntimeError, match=r"backend=\"native\" is not available: it was never"):
+        FusedSGDR(make_params([3]), backend="native", **OPTIONS)
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_reference_backend_asks_for_no_extension(recwarn):
+    params = make_params([3])
+    optimizer = FusedSGDR(params, backend="reference", **OPTIONS)
+    give_gradients(0, params)
+    optimizer.step()
+    assert not recwarn.list
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+STEP = """
+import warnings
+import torch
+from sgdr_fused import FusedSGDR, native
+
+assert native.extension is None
+param = torch.nn.Parameter(torch.ones(3))
+optimizer = FusedSGDR([param], lr=0.5, T_0=2)
+param.grad = torch.ones(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    optimizer.step()
+    optimizer.step()
+assert torch.equal(param, torch.full([3], 1 - 0.5 - 0.25)), param
+assert "sgdr_fused._native" not in [name for name, module in sys.modules.items() if module]
+print(len(caught), caught[0].message, caught[0].filename)
+"""
+
+
+def test_package_without_a_build_works_and_says_how_to_get_one():
+    out = run_python("import sys; sys.modules['sgdr_fused._built_for'] = None" + STEP)
+    assert out.startswith("1 ")
+    assert "was not built" in out
+    assert "pip install" in out
+    assert "<string>" in out, "the warning points at the caller"
+
+
+BUILT_FOR = """
+import sys, types, torch
+built_for = types.ModuleType("sgdr_fused._built_for")
+built_for.TORCH_VERSION = {version}
+sys.modules["sgdr_fused._built_for"] = built_for
+"""
+
+
+def test_extension_for_another_torch_is_not_loaded_and_both_versions_are_named():
+    out = run_python(BUILT_FOR.format(version="'1.2.3+elsewhere'") + STEP)
+    assert out.startswith("1 ")
+    assert "built for torch 1.2.3+elsewhere" in out
+    assert f"this is torch {torch.__version__}" in out
+
+
+def test_extension_that_does_not_load_is_explained():
+    broken = "sys.modules['sgdr_fused._native'] = None"
+    out = run_python(BUILT_FOR.format(version="torch.__version__") + broken + STEP)
+    assert out.startswith("1 ")
+    assert "does not load" in out
+
+
+# ------------------------------------------------------------- tensors that it knows nothing about
+
+
+class Tagged(torch.Tensor):
+    """A tensor subclass with a dispatch of its own, which the native step cannot see through."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, strides=inner.stride()
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unwrap(x):
+            return x.inner if isinstance(x, Tagged) else x
+
+        kwargs = {key: unwrap(value) for key, value in (kwargs or {}).items()}
+        result = func(*(unwrap(arg) for arg in args), **kwargs)
+        if args and isinstance(args[0], Tagged) and func._schema.is_mutable:
+            return args[0]
+        return Tagged(result) if isinstance(result, torch.Tensor) else result
+
+
+def tagged_params(values):
+    return [torch.nn.Parameter(Tagged(v.detach().clone())) for v in values]
+
+
+def test_unknown_tensor_subclass_is_left_to_the_reference_with_one_warning():
+    theirs = make_params([9, 5])
+    ours = tagged_params(theirs)
+    optimizer, pair = FusedSGDR(ours, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(5):
+        give_gradients(step, theirs)
+        for our, their in zip(ours, theirs, strict=True):
+            our.grad = Tagged(their.grad.clone())
+        if step == 0:
+            with pytest.warns(UserWarning, match="slower reference path") as caught:
+                optimizer.step()
+            assert len(caught) == 1
+            assert caught[0].filename == __file__
+            assert "torch.float32 on cpu" in str(caught[0].message)
+        else:
+            optimizer.step()
+        pair.step()
+        for our, their in zip(ours, theirs, strict=True):
+            assert torch.equal(our.inner, their), step
+
+
+@needs_native
+def test_unknown_tensor_subclass_is_an_error_under_native_that_changes_nothing():
+    plain = make_params([9])
+    ours = tagged_params(make_params([5]))
+    optimizer = FusedSGDR([*plain, *ours], backend="native", **OPTIONS)
+    give_gradients(0, plain)
+    ours[0].grad = Tagged(torch.ones(5))
+    before = snapshot(optimizer, plain)
+    with pytest.raises(RuntimeError, match=r"backend=\"native\" cannot take this step.*Parameter"):
+        optimizer.step()
+    assert_unchanged(before, optimizer, plain)
+    ours[0].grad = None
+    optimizer.step()
+
+
+@needs_native
+@pytest.mark.parametrize("device", ["meta"])
+def test_device_without_a_native_step_is_an_error_under_native(device):
+    param = torch.nn.Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError, match=f"on {device}"):
+        FusedSGDR([param], backend="native", **OPTIONS).step()
+
+
+def test_device_without_a_native_step_is_left_to_the_reference():
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = FusedSGDR([param], **OPTIONS)
+    param.grad = torch.ones(3, device="meta")
+    with pytest.warns(UserWarning, match="on meta"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_parameter_subclass_without_a_dispatch_of_its_own_is_stepped(backend):
+    class Named(torch.nn.Parameter):
+        pass
+
+    (theirs,) = make_params([9])
+    ours = Named(theirs.detach().clone())
+    optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([theirs], **OPTIONS)
+    for step in range(4):
+        give_gradients(step, [ours], [theirs])
+        optimizer.step()
+        pair.step()
+        assert torch.equal(ours, theirs)
+
+
+def test_lazy_parameter_may_wait_for_its_shape(backend):
+    model = torch.nn.LazyLinear(3)
+    optimizer = FusedSGDR(model.parameters(), backend=backend, **OPTIONS)
+    optimizer.step()
+    torch.manual_seed(0)
+    model(torch.ones(2, 4)).sum().backward()
+    theirs = copies_of(list(model.parameters()))
+    for param, their in zip(model.parameters(), theirs, strict=True):
+        their.grad = param.grad.clone()
+    pair = Pair(theirs, **OPTIONS)
+    optimizer.seek(0)
+    optimizer.step()
+    pair.step()
+    assert_same(optimizer, list(model.parameters()), pair, theirs)
+
+
+@needs_native
+def test_auto_takes_the_native_step_silently():
+    params = make_params([9])
+    optimizer = FusedSGDR(params, **OPTIONS)
+    assert type(optimizer._stepper) is native.extension.Stepper
+    give_gradients(0, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert type(optimizer._stepper) is native.extension.Stepper
+
+
+def test_backend_chosen_is_told():
+    for backend in ("auto", "reference"):
+        assert FusedSGDR(make_params([3]), backend=backend, **OPTIONS).backend == backend
+
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+def in_threads(*functions):
+    """Runs functions at the same time; raises what any of them raised."""
+    errors = []
+
+    def guarded(function):
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=[f]) for f in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("sizes", [[9] * 50, [300_001, 17]], ids=["small", "large"])
+def test_optimizers_in_two_threads_do_not_disturb_each_other(backend, sizes):
+    def train(params, optimizer, barrier=None):
+        for step in range(8):
+            give_gradients(step, params)
+            if barrier is not None:
+                barrier.wait(timeout=60)
+            optimizer.step()
+
+    alone = [make_params(sizes, seed=seed) for seed in range(2)]
+    together = [copies_of(params) for params in alone]
+    ones = [FusedSGDR(params, backend=backend, **OPTIONS) for params in alone]
+    many = [FusedSGDR(params, backend=backend, **OPTIONS) for params in together]
+    for params, optimizer in zip(alone, ones, strict=True):
+        train(params, optimizer)
+    barrier = threading.Barrier(2)
+    in_threads(
+        lambda: train(together[0], many[0], barrier),
+        lambda: train(together[1], many[1], barrier),
+    )
+    for i in range(2):
+        assert_same(many[i], together[i], ones[i], alone[i])
+
+
+class LargeStep:
+    """A step of 50 million elements, and another thread that can only run once it gives the GIL away.
+
+    The interpreter would hand the GIL over between two bytecodes, but is told not to for an hour; a
+    step is one call into C++. Should the system be too busy to wake the other thread within the
+    step, it is tried again: where the GIL is kept, no number of trials helps.
+    """
+
+    TRIALS = 10
+
+    def __init__(self):
+        self.param = torch.nn.Parameter(torch.zeros(50_000_000))
+        self.param.grad = torch.ones_like(self.param)
+        self.optimizer = FusedSGDR([self.param], lr=0.5, T_0=100, backend="native")
+        self.is_stepping = False
+
+    def step_beside(self, other):
+        """Takes a step, and runs `other` in its thread as soon as possible after the step began."""
+        go = threading.Lock()
+        go.acquire()
+
+        def wait():
+            with go:
+                other()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(3600)
+        try:
+            self.is_stepping = True
+            go.release()
+            self.optimizer.step()
+            self.is_stepping = False
+        finally:
+            sys.setswitchinterval(interval)
+        thread.join()
+
+
+@needs_native
+def test_large_step_lets_other_python_threads_run():
+    large = LargeStep()
+    seen = []
+    for _ in range(large.TRIALS):
+        large.step_beside(lambda: seen.append(large.is_stepping))
+        if seen[-1]:
+            break
+    assert seen[-1]
+
+
+@needs_native
+def test_step_of_an_optimizer_that_is_stepping_is_an_error():
+    large = LargeStep()
+    errors = []
+
+    def step_too():
+        try:
+            large.optimizer.step()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    calls = 0
+    while not errors and calls < 2 * large.TRIALS:
+        large.step_beside(step_too)
+        calls += 2
+    assert len(errors) == 1
+    assert "still running" in errors[0]
+    assert large.optimizer.param_groups[0]["step"] == calls - 1
+    large.optimizer.step()
+
+
+def test_step_from_a_gradient_hook_of_another_thread_has_the_same_bits(backend):
+    """backward() in a thread of its own, then a step there."""
+    ours, theirs = make_params([33]), make_params([33])
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(4):
+        grad = draw([33], torch.float32, torch.Generator().manual_seed(step))
+
+        def train(grad=grad):
+            optimizer.zero_grad()
+            (ours[0] * grad).sum().backward()
+            optimizer.step()
+
+        in_threads(train)
+        theirs[0].grad = grad.clone()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs)

@@ -45,14 +45,11 @@
 #define gridDim (::shim::this_thread().block->grid.blocks)
 constexpr int warpSize = shim::kWarpSize;
 
-// Defines the memory behind `extern __shared__ type name[]`: to be written before the function that
-// declares it, in the same namespace. A launch may ask for at most `max_bytes`; AddressSanitizer
-// guards what it did not ask for.
-// (g++ takes every `extern thread_local` of a function for one with a constructor, and then wants
-// one in the file.)
+// Defines the memory behind `extern __shared__ type name[]`, before the function that declares it
+// and in the same namespace. A launch may ask for at most `max_bytes`; AddressSanitizer guards what
+// it did not ask for. Needs g++ -fno-extern-tls-init.
 #define SHIM_DYNAMIC_SHARED_MEMORY(type, name, max_bytes)                          \
   alignas(16) __shared__ type name[(max_bytes) / sizeof(type)];                    \
-  [[maybe_unused]] static thread_local int shim_constructed_##name = std::rand();  \
   [[maybe_unused]] static const bool shim_has_##name = [] {                        \
     ::shim::dynamic_shared_memory = {[]() -> void* { return name; }, sizeof name}; \
     return true;                                                                   \

@@ -25,43 +25,44 @@
 #define SHIM_HOST_KERNEL_NUMBERED(kernel, number) \
   [[maybe_unused]] static const bool shim_host_kernel_##number = ::shim::register_kernel<kernel>()
 
-namespace shim __attribute__((visibility("hidden"))) {
+#pragma GCC visibility push(hidden)
+namespace shim {
 
-  template <auto kernel>
-  struct HostVersion;
+template <auto kernel>
+struct HostVersion;
 
-  template <class... Params, void (*kernel)(Params...)>
-  struct HostVersion<kernel> {
-    static constexpr int kParams = sizeof...(Params);
-    static constexpr std::array<size_t, kParams> kBytes = {sizeof(Params)...};
+template <class... Params, void (*kernel)(Params...)>
+struct HostVersion<kernel> {
+  static constexpr int kParams = sizeof...(Params);
+  static constexpr std::array<size_t, kParams> kBytes = {sizeof(Params)...};
 
-    static void run(const FakeLaunch* launched) {
-      run(launched, std::index_sequence_for<Params...>());
-    }
-
-    template <size_t... i>
-    static void run(const FakeLaunch* launched, std::index_sequence<i...>) {
-      const auto& [gx, gy, gz] = launched->grid;
-      const auto& [bx, by, bz] = launched->block;
-      launch(kernel, dim3(gx, gy, gz), dim3(bx, by, bz), launched->shared_bytes,
-             *static_cast<const Params*>(launched->args[i])...);
-    }
-  };
-
-  // True, so that it can initialise a variable.
-  template <auto kernel>
-  bool register_kernel() {
-    Dl_info symbol;
-    const auto address = reinterpret_cast<void*>(kernel);
-    if (dladdr(address, &symbol) == 0 || symbol.dli_saddr != address ||
-        symbol.dli_sname == nullptr) {
-      std::fprintf(stderr,
-                   "host_kernel.h: a kernel has no name to find it by; see the head of the file\n");
-      std::abort();
-    }
-    using Version = HostVersion<kernel>;
-    fake_register_kernel(symbol.dli_sname, &Version::run, Version::kParams, Version::kBytes.data());
-    return true;
+  static void run(const FakeLaunch* launched) {
+    run(launched, std::index_sequence_for<Params...>());
   }
 
+  template <size_t... i>
+  static void run(const FakeLaunch* launched, std::index_sequence<i...>) {
+    const auto& [gx, gy, gz] = launched->grid;
+    const auto& [bx, by, bz] = launched->block;
+    launch(kernel, dim3(gx, gy, gz), dim3(bx, by, bz), launched->shared_bytes,
+           *static_cast<const Params*>(launched->args[i])...);
+  }
+};
+
+// True, so that it can initialise a variable.
+template <auto kernel>
+bool register_kernel() {
+  Dl_info symbol;
+  const auto address = reinterpret_cast<void*>(kernel);
+  if (dladdr(address, &symbol) == 0 || symbol.dli_saddr != address || symbol.dli_sname == nullptr) {
+    std::fprintf(stderr,
+                 "host_kernel.h: a kernel has no name to find it by; see the head of the file\n");
+    std::abort();
+  }
+  using Version = HostVersion<kernel>;
+  fake_register_kernel(symbol.dli_sname, &Version::run, Version::kParams, Version::kBytes.data());
+  return true;
+}
+
 }  // namespace shim
+#pragma GCC visibility pop

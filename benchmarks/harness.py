@@ -34,8 +34,10 @@ from sgdr_fused import FusedSGDR
 __all__ = [
     "OPTIONS",
     "SCHEDULE",
+    "Build",
     "Candidate",
     "Settings",
+    "Step",
     "Timing",
     "Workload",
     "environment",

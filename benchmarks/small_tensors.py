@@ -67,11 +67,15 @@ def report(threads: int, counts: Sequence[int], timings: Sequence[Timing]) -> di
         ("tensors", "median µs", "quartiles", "ns for one more", "off the line"),
         rows,
     )
-    print(f"  straight line: {intercept * 1e6:.2f} µs + {slope * 1e9:.1f} ns a tensor")
+    print(
+        f"  straight line: {intercept * 1e6:.2f} µs + {slope * 1e9:.1f} ns a tensor; "
+        f"at its steepest {max(slopes) * 1e9:.1f} ns"
+    )
     return {
         "threads": threads,
         "intercept_us": round(intercept * 1e6, 3),
         "slope_ns": round(slope * 1e9, 2),
+        "steepest_slope_ns": round(max(slopes) * 1e9, 2),
         "lists": [
             timing.as_json() | {"tensors": count, "slope_ns_since_previous": local}
             for timing, count, local in zip(

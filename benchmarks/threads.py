@@ -49,7 +49,7 @@ def draw(results: Sequence[dict[str, Any]], threshold: int | None) -> Any:
         ax.axvline(threshold, color="0.6", linewidth=1, linestyle=":")
         ax.annotate(" kParallelNumel", (threshold, 0.02), xycoords=("data", "axes fraction"))
     ax.set_xscale("log", base=2)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 2.1)
     ax.set_xlabel("elements")
     ax.set_ylabel("1 thread's time / 2 threads'")
     ax.legend(frameon=False)

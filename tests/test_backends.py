@@ -298,7 +298,7 @@ def test_optimizers_in_two_threads_do_not_disturb_each_other(backend, sizes):
 
 
 class LargeStep:
-    """A step of 50 million elements, and another thread that can only run once it gives the GIL away.
+    """A step of 50 million elements, and another thread that runs once the step gives the GIL away.
 
     The interpreter would hand the GIL over between two bytecodes, but is told not to for an hour; a
     step is one call into C++. Should the system be too busy to wake the other thread within the

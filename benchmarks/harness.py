@@ -54,6 +54,8 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
 # So short a first cycle that the checked steps below reach a restart.
 SCHEDULE = {"T_0": 3, "T_mult": 2, "eta_min": 1e-3}
 CHECKED_STEPS = 4
+# Where other processes want the cores too, each parallel region waits for its last thread.
+BUSY_LOAD = 0.3
 
 Step = Callable[[], object]
 Build = Callable[[list[Tensor]], tuple[Optimizer, Step]]
@@ -99,7 +101,7 @@ def parse_settings(argv: Sequence[str] | None, description: str | None, **flags:
     if rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
     load = os.getloadavg()[0]
-    if load > 0.3:
+    if load > BUSY_LOAD:
         print(f"The machine is busy (load {load:.1f}): steps on several threads will look slow.")
     return Settings(
         rounds=rounds,
@@ -348,6 +350,8 @@ def write_results(settings: Settings, name: str, results: dict[str, Any], figure
     text = json.dumps({"environment": here, **results}, indent=1)
     (settings.out / f"{name}.json").write_text(text + "\n")
     where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
+    if settings.load_before > BUSY_LOAD:
+        where += f"; measured on a busy machine, load {settings.load_before}: do not quote"
     figure.supxlabel(where, fontsize=8, color="0.45")
     figure.savefig(settings.out / f"{name}.png")
     print(f"\nwrote {name}.json and {name}.png")

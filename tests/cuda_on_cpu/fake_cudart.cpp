@@ -44,7 +44,9 @@
 
 namespace {
 
-constexpr int kPoison = 0xFF;
+constexpr int kPoison = 0xFF;  // of fresh memory: NaN, -1, no valid bool
+constexpr int kBorder =
+    0xA5;  // of the rest of its pages; no NaN, which arithmetic would leave as it is
 constexpr size_t kPage = 4096;
 constexpr size_t kGuardedAlignment =
     16;  // of an allocation, where its end is to be at a guard page
@@ -235,7 +237,8 @@ cudaError_t allocate(void** pointer, size_t bytes) {
   const size_t rounded = (bytes + kGuardedAlignment - 1) / kGuardedAlignment * kGuardedAlignment;
   allocation.begin = allocation.pages() + (runtime().guard ? pages_bytes - rounded : 0);
   mprotect(allocation.pages(), pages_bytes, PROT_READ | PROT_WRITE);
-  std::memset(allocation.pages(), kPoison, pages_bytes);
+  std::memset(allocation.pages(), kBorder, pages_bytes);
+  std::memset(allocation.begin, kPoison, bytes);
   mprotect(allocation.pages(), pages_bytes, PROT_NONE);
   runtime().allocations[allocation.begin] = allocation;
   *pointer = allocation.begin;
@@ -244,11 +247,11 @@ cudaError_t allocate(void** pointer, size_t bytes) {
 
 // Ends the process if somebody wrote beside the allocation, on its own pages.
 void check_borders(const Allocation& allocation) {
-  const auto poisoned = [](const char* begin, const char* end) {
-    return std::all_of(begin, end, [](char byte) { return byte == static_cast<char>(kPoison); });
+  const auto untouched = [](const char* begin, const char* end) {
+    return std::all_of(begin, end, [](char byte) { return byte == static_cast<char>(kBorder); });
   };
-  if (poisoned(allocation.pages(), allocation.begin) &&
-      poisoned(allocation.begin + allocation.bytes, allocation.pages() + allocation.pages_bytes()))
+  if (untouched(allocation.pages(), allocation.begin) &&
+      untouched(allocation.begin + allocation.bytes, allocation.pages() + allocation.pages_bytes()))
     return;
   std::fprintf(stderr, "fake_cudart: a write beside the %zu bytes at %p\n", allocation.bytes,
                static_cast<void*>(allocation.begin));

@@ -274,7 +274,7 @@ void check_order() {
 }  // namespace
 
 int main() {
-  for (const uint64_t seed : {0, 1, 2, 3}) {
+  for (const uint64_t seed : {0, 1, 2}) {
     shim::config.seed = seed;
     check_indices();
     check_shuffles<int>();

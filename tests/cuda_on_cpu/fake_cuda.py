@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parent.parent
 CACHE = Path(tempfile.gettempdir()) / f"sgdr_cuda_on_cpu_{os.getuid()}"
 CXX_FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{FOLDER}"]
-CXX_FLAGS += ["-ffp-contract=off", "-fno-extern-tls-init"]
+CXX_FLAGS += [f"-I{REPOSITORY / 'csrc'}", "-ffp-contract=off", "-fno-extern-tls-init"]
 # Symbols stay in their library: see load_host_kernels() in fake_cudart.cpp.
 LIBRARY_FLAGS = ["-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic"]
 
@@ -33,24 +33,31 @@ LIBRARY_FLAGS = ["-shared", "-fPIC", "-fno-gnu-unique", "-Wl,-Bsymbolic"]
 # ----------------------------------------------------------------------------------------- building
 
 
-def _fingerprint(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for folder in (FOLDER, REPOSITORY / "csrc"):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _with_includes(source: Path, seen: set[Path]) -> set[Path]:
+    """Adds a source and all that it includes by `#include "..."` to `seen`."""
+    if source in seen:
+        return seen
+    seen.add(source)
+    for name in re.findall(r'^#include "(.*)"', source.read_text(), re.M):
+        for folder in (source.parent, FOLDER, REPOSITORY / "csrc"):
+            if (folder / name).exists():
+                _with_includes((folder / name).resolve(), seen)
+                break
+    return seen
 
 
-def _build(name: str, command: Sequence[str]) -> Path:
-    """Runs the compiler command with -o appended, unless these sources have been built before."""
-    stem, _, suffix = name.partition(".")
-    target = CACHE / f"{stem}-{_fingerprint(command)}" / f"{stem}.{suffix}".rstrip(".")
+def _build(name: str, command: Sequence[str], source: Path) -> Path:
+    """Runs `command source -o ...`, unless it has been run on these very sources before."""
+    digest = hashlib.sha256("\0".join(command).encode())
+    for path in sorted(_with_includes(source.resolve(), set())):
+        digest.update(path.read_bytes())
+    target = CACHE / digest.hexdigest()[:16] / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-    ran = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+    unfinished = target.with_name(f"{name}.{os.getpid()}")
+    command = [*command, str(source), "-o", str(unfinished)]
+    ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
         pytest.fail(f"{' '.join(command)}\n{ran.stderr}", pytrace=False)
     unfinished.replace(target)
@@ -64,21 +71,21 @@ def _compiler() -> str:
 def shim_program(source: Path, *, sanitize: str = "", flags: Sequence[str] = ()) -> Path:
     """Compiles a program that includes cuda_shim.h; `sanitize` is what -fsanitize= takes."""
     checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-    command = [_compiler(), *CXX_FLAGS, *checks, *_torch_include(), *flags, str(source)]
-    return _build(source.stem, command)
+    command = [_compiler(), *CXX_FLAGS, *checks, *_torch_include(), *flags]
+    return _build(source.stem, command, source)
 
 
 def host_kernels(source: Path, *, flags: Sequence[str] = ()) -> Path:
     """Compiles a file with HOST_KERNEL(...) lines, see host_kernel.h, into a library."""
-    command = [_compiler(), *CXX_FLAGS, *LIBRARY_FLAGS, *_torch_include(), *flags, str(source)]
-    return _build(f"lib{source.stem}.so", command)
+    command = [_compiler(), *CXX_FLAGS, *LIBRARY_FLAGS, *_torch_include(), *flags]
+    return _build(f"lib{source.stem}.so", command, source)
 
 
 def cuda_library(source: Path, *, flags: Sequence[str] = ()) -> Path:
     """Compiles a .cu file by nvcc into a library for ctypes, on the runtime that can be faked."""
     nvcc = shutil.which("nvcc") or pytest.skip("there is no nvcc")
     command = [nvcc, "-shared", "-std=c++20", "-arch=sm_80", "-Xcompiler=-fPIC", "-cudart=shared"]
-    return _build(f"lib{source.stem}.so", [*command, *flags, str(source)])
+    return _build(f"lib{source.stem}.so", [*command, *flags], source)
 
 
 # ------------------------------------------------------------------------ the runtime and its torch
@@ -129,12 +136,14 @@ def _cuda_headers() -> Path | None:
     return None
 
 
+@functools.cache
 def _fake_cudart() -> Path:
     headers = _cuda_headers() or pytest.skip("the CUDA runtime's headers are not installed")
     command = [_compiler(), *CXX_FLAGS, *LIBRARY_FLAGS, "-isystem", str(headers)]
-    return _build("libfake_cudart.so", [*command, str(FOLDER / "fake_cudart.cpp")])
+    return _build("libfake_cudart.so", command, FOLDER / "fake_cudart.cpp")
 
 
+@functools.cache
 def _fake_libcuda() -> Path:
     """The driver library that torch opens at start-up: every function it looks for is missing.
 
@@ -158,10 +167,12 @@ def _fake_libcuda() -> Path:
         f'extern "C" int {name}{working.get(name, "() { return 801; }  // not supported")}\n'
         for name in wanted
     )
-    source = CACHE / f"libcuda-{_fingerprint([code])}.cpp"
     CACHE.mkdir(parents=True, exist_ok=True)
+    source = CACHE / f"libcuda.{os.getpid()}.cpp"
     source.write_text(code)
-    return _build("libcuda.so.1", [_compiler(), "-shared", "-fPIC", str(source)])
+    library = _build("libcuda.so.1", [_compiler(), "-shared", "-fPIC"], source)
+    source.unlink()
+    return library
 
 
 def run(

@@ -69,6 +69,26 @@ def test_each_size_alone_is_the_pairs(dtype):
         assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 5)
 
 
+@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_decoupled_weight_decay_is_the_pairs_step_on_shrunken_parameters(backend, dtype, momentum):
+    """SGDW: p is multiplied by 1 - lr * weight_decay, and the gradient knows nothing of it."""
+    ours = make_params([*SIZES, 20_011], dtype)
+    theirs = copies_of(ours)
+    options = {"lr": 0.05, "T_0": 4, "T_mult": 2} | momentum
+    optimizer = FusedSGDR(
+        ours, weight_decay=0.1, decoupled_weight_decay=True, backend=backend, **options
+    )
+    pair = Pair(theirs, **options)
+    for step in range(15):
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        with torch.no_grad():
+            for param in theirs:
+                param.mul_(1 - pair.param_groups[0]["lr"] * 0.1)
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
 def test_groups_with_options_of_their_own_are_the_pairs(backend, dtype):
     sizes = [65, 8, 1003, 17, 0, 257, 1]
     ours = make_params(sizes, dtype)

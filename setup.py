@@ -1,4 +1,5 @@
-"""Builds the native backend where torch and a compiler are found; the reference path needs neither."""
+"""Builds the native backend where torch and a compiler are found; the reference path needs
+neither."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ PACKAGE = Path(__file__).parent / "sgdr_fused"
 
 SOURCES = ["csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/cpu/fused_step.cpp"]
 
-# No fused multiply-add but those written out, see Note [Same bits everywhere] in csrc/sgdr_math.h. What the other
-# two give up (errno, floating-point traps) nobody reads, and the vectoriser needs it given up.
+# No fused multiply-add but those written out, see Note [Same bits everywhere] in csrc/sgdr_math.h.
+# What the other two give up (errno, floating-point traps) nobody reads, and the vectoriser needs
+# it given up.
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -21,6 +23,9 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    # For at::parallel_for, which is a plain loop without it. Not for the linker: the runtime is
+    # torch's own.
+    "-fopenmp",
     "-Wall",
     "-Wextra",
 ]
@@ -34,7 +39,8 @@ def say(message: str) -> None:
 def native_backend() -> dict[str, object]:
     """The arguments of setup() that build the extension; none where it is not to be built.
 
-    The environment variable SGDR_FUSED_NATIVE=0 leaves it out, and =1 makes any failure to build it an error.
+    The environment variable SGDR_FUSED_NATIVE=0 leaves it out, and =1 makes any failure to build
+    it an error.
     """
     wanted = os.environ.get("SGDR_FUSED_NATIVE", "")
     if wanted == "0":
@@ -46,8 +52,11 @@ def native_backend() -> dict[str, object]:
     except ImportError as error:
         if wanted == "1":
             raise
-        say(f"no torch to build for ({error}): installing the reference path only. Install torch first, then "
-            "pip install --no-build-isolation .")
+        say(
+            f"no torch to build for ({error}): installing the reference path only. "
+            "Install torch first, then "
+            "pip install --no-build-isolation ."
+        )
         return {}
 
     class BuildNative(BuildExtension):  # type: ignore[misc]
@@ -59,7 +68,10 @@ def native_backend() -> dict[str, object]:
             except Exception as error:
                 if wanted == "1":
                     raise
-                say(f"the native backend could not be built ({error}): installing the reference path only")
+                say(
+                    f"the native backend could not be built ({error}): installing the "
+                    "reference path only"
+                )
                 self.extensions = []
                 return
             folder = PACKAGE if self.inplace else Path(self.build_lib) / "sgdr_fused"

@@ -1,4 +1,5 @@
-// Notices whether a Python dict holds the same objects as before, in one walk and without hashing a key.
+// Notices whether a Python dict holds the same objects as before, in one walk and without hashing a
+// key.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,11 +12,12 @@ namespace sgdr {
 namespace py = pybind11;
 
 // Note [No stale pointers]
-// In the steady state a step does no Python work per parameter, and yet it never trusts a pointer from the step before.
-// It compares, by identity, what param_groups and state hold now with what they held then, and reads the memory
-// addresses anew from the tensors. Whatever differs (a new buffer after load_state_dict, a parameter unfrozen,
-// param_group["momentum"] = 0.8) takes the slow path once. The snapshot owns the objects it has seen, so an address
-// cannot come to stand for another object.
+// In the steady state a step does no Python work per parameter, and yet it never trusts a pointer
+// from the step before. It compares, by identity, what param_groups and state hold now with what
+// they held then, and reads the memory addresses anew from the tensors. Whatever differs (a new
+// buffer after load_state_dict, a parameter unfrozen, param_group["momentum"] = 0.8) takes the slow
+// path once. The snapshot owns the objects it has seen, so an address cannot come to stand for
+// another object.
 class DictSnapshot {
  public:
   bool matches(PyObject* dict) const {
@@ -34,7 +36,8 @@ class DictSnapshot {
     Py_ssize_t position = 0;
     PyObject *key = nullptr, *value = nullptr;
     while (PyDict_Next(dict, &position, &key, &value)) {
-      items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+      items_.emplace_back(py::reinterpret_borrow<py::object>(key),
+                          py::reinterpret_borrow<py::object>(value));
     }
   }
 
@@ -51,7 +54,8 @@ class DictSnapshot {
 
   // Sets dict[key] to a value of ours, which is then no change.
   void store(PyObject* dict, size_t index, py::object value) {
-    if (PyDict_SetItem(dict, items_[index].first.ptr(), value.ptr()) != 0) throw py::error_already_set();
+    if (PyDict_SetItem(dict, items_[index].first.ptr(), value.ptr()) != 0)
+      throw py::error_already_set();
     items_[index].second = std::move(value);
   }
 

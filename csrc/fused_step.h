@@ -21,8 +21,15 @@ struct FusedStep {
   int64_t numel;  // of all tensors together
 };
 
-// Below so many elements a second thread costs more than it gives: see benchmarks/threads.py.
+// Whether a step is long enough to wake a second thread, and to let go of the GIL: both cost a
+// fixed time, and for each tensor the time of some thousand elements. See benchmarks/threads.py.
 constexpr int64_t kParallelNumel = 1 << 17;
+constexpr int64_t kParallelNumelPerTensor = 1 << 12;
+
+inline bool is_worth_threads(const FusedStep& step) {
+  const auto tensors = static_cast<int64_t>(step.tensors.size());
+  return step.numel >= kParallelNumel && step.numel >= tensors * kParallelNumelPerTensor;
+}
 
 void fused_step_cpu(const FusedStep& step);
 

@@ -13,14 +13,16 @@
 namespace sgdr {
 
 // Note [Same bits everywhere]
-// torch's add(x, alpha=a) is one fused multiply-add. Here every fma is written out and the compilers are
-// told not to make any of their own (-ffp-contract=off, -fmad=false), so that the result does not depend on
-// vector width, thread count or device, and on the CPU is torch.optim.SGD's to the bit.
+// torch's add(x, alpha=a) is one fused multiply-add. Here every fma is written out and the
+// compilers are told not to make any of their own (-ffp-contract=off, -fmad=false), so that the
+// result does not depend on vector width, thread count or device, and on the CPU is
+// torch.optim.SGD's to the bit.
 
-// ---------------------------------------------------------------------------------------------- schedule
+// ----------------------------------------------------------------------------------------------
+// schedule
 
-// Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017, equation 5.
-// All times are integers, counted in applied optimizer steps.
+// Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017,
+// equation 5. All times are integers, counted in applied optimizer steps.
 struct Schedule {
   double eta_max;  // of cycle 0
   double eta_min;
@@ -30,10 +32,10 @@ struct Schedule {
   int64_t T_0;           // length of cycle 0
   int64_t anneal_every;  // steps between two changes of the LR
   int64_t warmup_steps;
-  int64_t n_cycles;  // kEndless, or the LR stays at eta_min after so many
+  int64_t n_cycles;  // afterwards the LR stays at eta_min
 };
 
-constexpr int64_t kEndless = -1;
+constexpr int64_t kEndless = INT64_MAX;
 
 // Where a group stands: the LR of its next step is learning_rate(schedule, position).
 struct Position {
@@ -43,7 +45,8 @@ struct Position {
   int64_t T_i;    // length of the cycle
 };
 
-// By squaring: a fixed sequence of multiplications, hence the same bits in Python, C++ and CUDA, which pow() is not.
+// By squaring: a fixed sequence of multiplications, hence the same bits in Python, C++ and CUDA,
+// which pow() is not.
 SGDR_HD double power(double base, int64_t exponent) {
   double result = 1.0;
   for (; exponent > 0; exponent >>= 1, base *= base) {
@@ -52,7 +55,8 @@ SGDR_HD double power(double base, int64_t exponent) {
   return result;
 }
 
-// Exact for an integer T_mult, whose products are integers below 2^53; longer cycles than that never end.
+// Exact for an integer T_mult, whose products are integers below 2^53; longer cycles than that
+// never end.
 SGDR_HD int64_t cycle_length(const Schedule& schedule, int64_t cycle) {
   constexpr double kLongest = 9007199254740992.0;
   const double length = static_cast<double>(schedule.T_0) * power(schedule.T_mult, cycle);
@@ -62,16 +66,17 @@ SGDR_HD int64_t cycle_length(const Schedule& schedule, int64_t cycle) {
 SGDR_HD void advance(const Schedule& schedule, Position& position) {
   ++position.step;
   ++position.T_cur;
-  if (position.T_cur >= position.T_i && position.cycle != schedule.n_cycles) {
+  if (position.T_cur >= position.T_i && position.cycle < schedule.n_cycles) {
     position.T_cur = 0;
     ++position.cycle;
     position.T_i = cycle_length(schedule, position.cycle);
   }
 }
 
-// True at a restart, where reset_momentum drops the momentum; false at the start of the first cycle.
+// True at a restart, where reset_momentum drops the momentum; false at the start of the first
+// cycle.
 SGDR_HD bool at_restart(const Schedule& schedule, const Position& position) {
-  return position.T_cur == 0 && position.cycle > 0 && position.cycle != schedule.n_cycles;
+  return position.T_cur == 0 && position.cycle > 0 && position.cycle < schedule.n_cycles;
 }
 
 SGDR_HD double cos_of_pi_times(double numerator, double denominator) {
@@ -89,7 +94,7 @@ SGDR_HD double learning_rate(const Schedule& schedule, const Position& position)
     const double rise = schedule.eta_max - schedule.warmup_start_lr;
     return schedule.warmup_start_lr + rise * done / static_cast<double>(schedule.warmup_steps);
   }
-  if (position.cycle == schedule.n_cycles) return schedule.eta_min;
+  if (position.cycle >= schedule.n_cycles) return schedule.eta_min;
   const double T_cur = static_cast<double>(position.T_cur / schedule.anneal_every);
   const double T_i = static_cast<double>(position.T_i) / static_cast<double>(schedule.anneal_every);
   const double amplitude =
@@ -97,11 +102,13 @@ SGDR_HD double learning_rate(const Schedule& schedule, const Position& position)
   return schedule.eta_min + amplitude * (1 + cos_of_pi_times(T_cur, T_i)) / 2;
 }
 
-// ------------------------------------------------------------------------------------------------ update
+// ------------------------------------------------------------------------------------------------
+// update
 
 enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
 
-// kFirst: the parameter's first applied step, where the momentum buffer starts as the gradient itself.
+// kFirst: the parameter's first applied step, where the momentum buffer starts as the gradient
+// itself.
 enum class Momentum : uint8_t { kNone, kFirst, kRunning };
 
 // What decides the shape of the element update; known outside the loop, so the loop has no branch.
@@ -145,14 +152,16 @@ SGDR_HD void sgd_update(T& param, T grad, T& momentum_buffer, const UpdateScalar
   if constexpr (Options::scale_grad) grad = grad / s.grad_divisor;
   if constexpr (Options::weight_decay == WeightDecay::kL2)
     grad = fused_multiply_add(s.weight_decay, param, grad);
-  if constexpr (Options::weight_decay == WeightDecay::kDecoupled) param *= s.one_minus_lr_weight_decay;
+  if constexpr (Options::weight_decay == WeightDecay::kDecoupled)
+    param *= s.one_minus_lr_weight_decay;
 
   T direction = grad;
   if constexpr (Options::momentum != Momentum::kNone) {
     if constexpr (Options::momentum == Momentum::kFirst)
       momentum_buffer = grad;
     else
-      momentum_buffer = fused_multiply_add(s.one_minus_dampening, grad, s.momentum * momentum_buffer);
+      momentum_buffer =
+          fused_multiply_add(s.one_minus_dampening, grad, s.momentum * momentum_buffer);
     direction =
         Options::nesterov ? fused_multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
   }

@@ -5,7 +5,8 @@
 
 namespace sgdr {
 
-// Calls f(std::integral_constant<...>) for the one of `candidates` that equals `value`; the last stands for the rest.
+// Calls f(std::integral_constant<...>) for the one of `candidates` that equals `value`; the last
+// stands for the rest.
 template <auto candidate, auto... candidates, class T, class F>
 constexpr auto static_switch(T value, F f) {
   if constexpr (sizeof...(candidates) == 0) {

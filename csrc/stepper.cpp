@@ -3,19 +3,20 @@
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
-#include <optional>
+#include <array>
 
 namespace sgdr {
 namespace {
 
-#define SGDR_INTERNED(name)                                              \
-  PyObject* name() {                                                     \
-    static PyObject* const string = PyUnicode_InternFromString(#name);   \
-    return string;                                                       \
+#define SGDR_INTERNED(name)                                            \
+  PyObject* name() {                                                   \
+    static PyObject* const string = PyUnicode_InternFromString(#name); \
+    return string;                                                     \
   }
 SGDR_INTERNED(params)
 SGDR_INTERNED(lr)
@@ -50,6 +51,13 @@ PyObject* find(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// The same, for a key that is expected to be the dict's first.
+PyObject* find_first(PyObject* dict, PyObject* key) {
+  Py_ssize_t position = 0;
+  PyObject *first = nullptr, *value = nullptr;
+  return PyDict_Next(dict, &position, &first, &value) && first == key ? value : find(dict, key);
+}
+
 py::handle get(PyObject* dict, PyObject* key) {
   PyObject* value = find(dict, key);
   if (value == nullptr) throw py::key_error(py::str(py::handle(key)).cast<std::string>());
@@ -74,41 +82,67 @@ bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
-std::optional<ElementType> element_type(const at::TensorImpl& tensor) {
-  switch (c10::typeMetaToScalarType(tensor.dtype())) {
-    case at::kFloat:
-      return ElementType::kFloat;
-    case at::kDouble:
-      return ElementType::kDouble;
-    case at::kHalf:
-      return ElementType::kHalf;
-    case at::kBFloat16:
-      return ElementType::kBFloat16;
-    default:
-      return std::nullopt;
-  }
+ElementType element_type(const at::TensorImpl& tensor) {
+  static constexpr auto kTypes = [] {
+    std::array<ElementType, static_cast<size_t>(at::ScalarType::NumOptions)> types{};
+    types.fill(ElementType::kNone);
+    types[static_cast<size_t>(at::kFloat)] = ElementType::kFloat;
+    types[static_cast<size_t>(at::kDouble)] = ElementType::kDouble;
+    types[static_cast<size_t>(at::kHalf)] = ElementType::kHalf;
+    types[static_cast<size_t>(at::kBFloat16)] = ElementType::kBFloat16;
+    return types;
+  }();
+  return kTypes[static_cast<size_t>(c10::typeMetaToScalarType(tensor.dtype()))];
 }
 
-// An ordinary dense CPU tensor: no subclass, no lazy conjugation or negation.
-bool is_plain(const at::TensorImpl& tensor) {
-  static const c10::DispatchKeySet kPlain = [] {
-    const c10::InferenceMode off(false);
-    return at::empty({0}).unsafeGetTensorImpl()->key_set();
-  }();
-  return tensor.key_set() == kPlain;
+// What an ordinary dense CPU tensor has for keys: no subclass, no lazy conjugation or negation.
+c10::DispatchKeySet plain_keys() {
+  const c10::InferenceMode off(false);
+  return at::empty({0}).unsafeGetTensorImpl()->key_set();
+}
+
+bool is_equal(at::IntArrayRef a, at::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
 }
 
 // The two hold the same elements in the same order of memory, without gaps.
-bool is_alike(const at::TensorImpl& param, const at::TensorImpl& other) {
-  if (!param.sizes().equals(other.sizes())) return false;
+inline __attribute__((always_inline)) bool is_alike(const at::TensorImpl& param,
+                                                    const at::TensorImpl& other) {
+  if (!is_equal(param.sizes(), other.sizes())) return false;
   if (param.is_contiguous()) return other.is_contiguous();
-  return param.is_non_overlapping_and_dense() && param.strides().equals(other.strides());
+  return param.is_non_overlapping_and_dense() && is_equal(param.strides(), other.strides());
+}
+
+const at::Tensor& grad_of(const at::TensorImpl& param) {
+  static const at::Tensor none;
+  // Not Tensor::grad(), which spends longer on a warning than we on the tensor.
+  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(param.autograd_meta());
+  return meta == nullptr ? none : meta->grad_;
+}
+
+// Of a plain tensor, that is: it has a storage, and its type is known.
+inline __attribute__((always_inline)) char* data_of(const at::TensorImpl& tensor, bool is_written,
+                                                    size_t element_size) {
+  at::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  const void* data = is_written ? storage->mutable_data() : storage->data();
+  return static_cast<char*>(const_cast<void*>(data)) +
+         tensor.storage_offset() * static_cast<int64_t>(element_size);
 }
 
 }  // namespace
 
+Stepper::Stepper(py::function sync_group, py::function local_tensor)
+    : plain_keys_(plain_keys()),
+      sync_group_(std::move(sync_group)),
+      local_tensor_(std::move(local_tensor)) {}
+
 bool Stepper::step(const py::list& param_groups, const py::dict& state, double grad_scale) {
-  if (is_stepping_) throw std::runtime_error("step() was called on an optimizer whose step() is still running");
+  if (is_stepping_)
+    throw std::runtime_error("step() was called on an optimizer whose step() is still running");
   const struct Guard {
     explicit Guard(Stepper& stepper) : stepper(stepper) { stepper.is_stepping_ = true; }
     ~Guard() {
@@ -121,7 +155,7 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state, double g
   } guard(*this);
   const at::NoGradGuard no_grad;
 
-  sync_groups(param_groups);
+  sync(param_groups);
   group_steps_.clear();
   for (Group& group : groups_) {
     group.update.scalars.grad_divisor = group.maximize ? -grad_scale : grad_scale;
@@ -131,25 +165,26 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state, double g
   run();
   store_momentum_buffers(state);
   for (size_t i = 0; i < groups_.size(); ++i) {
-    advance_group(groups_[i], PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), state);
+    advance_group(groups_[i], PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)),
+                  state);
   }
   return true;
 }
 
-void Stepper::sync_groups(const py::list& param_groups) {
+void Stepper::sync(const py::list& param_groups) {
   groups_.resize(param_groups.size());
   for (size_t i = 0; i < groups_.size(); ++i) {
     PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
-    Group& group = groups_[i];
-    if (group.items.matches(dict)) continue;
-    const py::object lr_before = group.items.empty() ? py::none() : group.items.value(group.lr_index);
-    group.items = DictSnapshot();
-    sync_group_(py::handle(dict), lr_before);
-    read_group(group, dict);
+    const Group& before = groups_[i];
+    if (before.items.matches(dict)) continue;
+    sync_group_(py::handle(dict),
+                before.items.empty() ? py::none() : before.items.value(before.lr_index));
+    groups_[i] = read_group(dict);
   }
 }
 
-void Stepper::read_group(Group& group, PyObject* dict) {
+Stepper::Group Stepper::read_group(PyObject* dict) {
+  Group group;
   const bool by_epoch = get(dict, anneal()).cast<std::string>() == "epoch";
   const int64_t epoch = integer(dict, steps_per_epoch());
   const py::handle end = get(dict, n_cycles());
@@ -187,6 +222,28 @@ void Stepper::read_group(Group& group, PyObject* dict) {
   group.T_cur_index = group.items.index_of(T_cur());
   group.T_i_index = group.items.index_of(T_i());
   group.params_index = group.items.index_of(params());
+  return group;
+}
+
+void Stepper::Slot::remember(const at::TensorImpl& of_param, const at::TensorImpl& grad,
+                             const at::TensorImpl* buffer) {
+  trail = {&of_param,
+           of_param.unsafe_storage().unsafeGetStorageImpl(),
+           of_param.autograd_meta(),
+           &grad,
+           grad.unsafe_storage().unsafeGetStorageImpl(),
+           buffer,
+           buffer != nullptr ? buffer->unsafe_storage().unsafeGetStorageImpl() : nullptr};
+}
+
+void Stepper::Slot::prefetch() const {
+  __builtin_prefetch(param);
+  __builtin_prefetch(state);
+  for (const void* object : trail) {
+    // Two cache lines hold what is read of any of them, and of a tensor three.
+    for (int offset = 16; offset < 192; offset += 64)
+      __builtin_prefetch(static_cast<const char*>(object) + offset);
+  }
 }
 
 // Looks every parameter's state up, which hashes it: the slow path.
@@ -197,7 +254,7 @@ void Stepper::find_slots(PyObject* state) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
-      slots_.push_back({param, find(state, param)});
+      slots_.push_back({param, find(state, param), {}});
     }
   }
 }
@@ -211,68 +268,81 @@ bool Stepper::gather(PyObject* state) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     PyObject* list = groups_[i].params();
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j, ++slot) {
-      if (slot >= slots_.size() || slots_[slot].param != PyList_GET_ITEM(list, j)) find_slots(state);
+      if (slot >= slots_.size() || slots_[slot].param != PyList_GET_ITEM(list, j))
+        find_slots(state);
+      if (slot + kAhead < slots_.size()) slots_[slot + kAhead].prefetch();
       if (!gather_param(groups_[i], static_cast<uint32_t>(i), slots_[slot])) return false;
     }
   }
   return true;
 }
 
-bool Stepper::gather_param(const Group& group, uint32_t index, const Slot& slot) {
+bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   if (!THPVariable_Check(slot.param)) return false;
   const at::Tensor& param = THPVariable_Unpack(slot.param);
-  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
   if (!grad.defined()) return true;
 
   at::Tensor new_buffer;
   const at::Tensor* buffer = &new_buffer;
   if (group.update.momentum) {
-    PyObject* stored = slot.state == nullptr ? nullptr : find(slot.state, momentum_buffer());
+    PyObject* stored = slot.state == nullptr ? nullptr : find_first(slot.state, momentum_buffer());
     if (stored != nullptr && stored != Py_None) {
       if (!THPVariable_Check(stored)) return false;
       buffer = &THPVariable_Unpack(stored);
     } else {
+      const c10::InferenceMode off(false);
       new_buffer = at::empty_like(param);
       new_buffers_.push_back({slot.param, new_buffer});
     }
   }
 
-  const TensorEntry blank{.group = index, .first_step = new_buffer.defined()};
-  return add_entry(blank, param, grad, *buffer) || add_unusual(blank, param, grad, *buffer);
+  slot.remember(*param.unsafeGetTensorImpl(), *grad.unsafeGetTensorImpl(),
+                buffer->defined() ? buffer->unsafeGetTensorImpl() : nullptr);
+  const bool first_step = new_buffer.defined();
+  return add_entry(index, first_step, param, grad, *buffer) ||
+         add_unusual(index, first_step, param, grad, *buffer);
 }
 
-// Adds the entry if all its tensors are plain, of a type we know and alike in layout.
-bool Stepper::add_entry(TensorEntry entry, const at::Tensor& param, const at::Tensor& grad,
-                        const at::Tensor& buffer) {
-  at::TensorImpl& param_impl = *param.unsafeGetTensorImpl();
-  const at::TensorImpl& grad_impl = *grad.unsafeGetTensorImpl();
-  if (!is_plain(param_impl) || !is_plain(grad_impl) || !is_alike(param_impl, grad_impl)) return false;
-  const auto param_type = element_type(param_impl);
-  const auto grad_type = element_type(grad_impl);
-  if (!param_type || !grad_type) return false;
-  entry.param_type = *param_type;
-  entry.grad_type = *grad_type;
+// Adds an entry if all its tensors are plain, of a type we know and alike in layout.
+bool Stepper::add_entry(uint32_t group, bool first_step, const at::Tensor& param,
+                        const at::Tensor& grad, const at::Tensor& buffer) {
+  at::TensorImpl* const param_impl = param.unsafeGetTensorImpl();
+  at::TensorImpl* const grad_impl = grad.unsafeGetTensorImpl();
+  at::TensorImpl* const buffer_impl = buffer.defined() ? buffer.unsafeGetTensorImpl() : nullptr;
+  const ElementType param_type = element_type(*param_impl);
+  const ElementType grad_type = element_type(*grad_impl);
+  const ElementType momentum_type =
+      buffer_impl != nullptr ? element_type(*buffer_impl) : param_type;
+  if (param_type == ElementType::kNone || grad_type == ElementType::kNone ||
+      momentum_type == ElementType::kNone)
+    return false;
+  if (!is_plain(*param_impl) || !is_plain(*grad_impl) || !is_alike(*param_impl, *grad_impl))
+    return false;
+  if (buffer_impl != nullptr && (!is_plain(*buffer_impl) || !is_alike(*param_impl, *buffer_impl)))
+    return false;
 
-  at::TensorImpl* buffer_impl = nullptr;
-  if (buffer.defined()) {
-    buffer_impl = buffer.unsafeGetTensorImpl();
-    const auto momentum_type = element_type(*buffer_impl);
-    if (!is_plain(*buffer_impl) || !is_alike(param_impl, *buffer_impl) || !momentum_type) return false;
-    entry.momentum_type = *momentum_type;
-    entry.momentum_buffer = buffer.mutable_data_ptr();
-  }
-  entry.param = param.mutable_data_ptr();
-  entry.grad = grad.const_data_ptr();
-  entry.numel = param_impl.numel();
-  numel_ += entry.numel;
-  entries_.push_back(entry);
-  operands_.push_back({&param_impl, grad.unsafeGetTensorImpl(), buffer_impl});
+  entries_.push_back(
+      {.param = data_of(*param_impl, true, element_size(param_type)),
+       .grad = data_of(*grad_impl, false, element_size(grad_type)),
+       .momentum_buffer = buffer_impl == nullptr
+                              ? nullptr
+                              : data_of(*buffer_impl, true, element_size(momentum_type)),
+       .numel = param_impl->numel(),
+       .group = group,
+       .param_type = param_type,
+       .grad_type = grad_type,
+       .momentum_type = momentum_type,
+       .first_step = first_step});
+  numel_ += param_impl->numel();
+  operands_.push_back({param_impl, grad_impl, buffer_impl});
   return true;
 }
 
-// Shards, complex numbers and layouts that differ: brought to the plain form, by a copy where nothing less will do.
-bool Stepper::add_unusual(TensorEntry entry, const at::Tensor& param, const at::Tensor& grad,
-                          const at::Tensor& buffer) {
+// Shards, complex numbers and layouts that differ: brought to the plain form, by a copy where
+// nothing less will do.
+bool Stepper::add_unusual(uint32_t group, bool first_step, const at::Tensor& param,
+                          const at::Tensor& grad, const at::Tensor& buffer) {
   const at::Tensor plain_param = to_plain(param, param);
   const at::Tensor plain_grad = to_plain(grad, param);
   if (!plain_param.defined() || !plain_grad.defined()) return false;
@@ -286,17 +356,20 @@ bool Stepper::add_unusual(TensorEntry entry, const at::Tensor& param, const at::
     flat_buffer = to_layout_of(plain_buffer, flat_param, true);
     if (!flat_buffer.defined()) return false;
   }
-  if (!flat_grad.defined() || !add_entry(entry, flat_param, flat_grad, flat_buffer)) return false;
+  if (!flat_grad.defined() || !add_entry(group, first_step, flat_param, flat_grad, flat_buffer))
+    return false;
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   return true;
 }
 
-// The tensor as plain memory of real numbers that share its storage (but for a conjugate), or undefined.
+// The tensor as plain memory of real numbers that share its storage (but for a conjugate), or
+// undefined.
 at::Tensor Stepper::to_plain(const at::Tensor& tensor, const at::Tensor& param) {
   at::Tensor plain = tensor;
   if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
-    const py::object local = local_tensor_(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)),
-                                           py::reinterpret_steal<py::object>(THPVariable_Wrap(param)));
+    const py::object local =
+        local_tensor_(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)),
+                      py::reinterpret_steal<py::object>(THPVariable_Wrap(param)));
     if (local.is_none()) return {};
     plain = THPVariable_Unpack(local.ptr());
   }
@@ -307,8 +380,10 @@ at::Tensor Stepper::to_plain(const at::Tensor& tensor, const at::Tensor& param) 
   return plain;
 }
 
-// The tensor itself, or a copy whose elements lie in the order of another's; undefined if the shapes differ.
-at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& other, bool is_written) {
+// The tensor itself, or a copy whose elements lie in the order of another's; undefined if the
+// shapes differ.
+at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
+                                 bool is_written) {
   if (!tensor.sizes().equals(other.sizes())) return {};
   if (is_alike(*other.unsafeGetTensorImpl(), *tensor.unsafeGetTensorImpl())) return tensor;
   at::Tensor copy = at::empty_like(other, other.options().dtype(tensor.scalar_type()));
@@ -320,30 +395,31 @@ at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& oth
 
 void Stepper::run() {
   const FusedStep fused_step{.tensors = entries_, .groups = group_steps_, .numel = numel_};
-  if (numel_ < kParallelNumel) {
-    // Handing the GIL over would cost more than the work.
+  if (!is_worth_threads(fused_step)) {
     fused_step_cpu(fused_step);
   } else {
     for (const Operands& operands : operands_) {
       for (at::TensorImpl* tensor : {operands.param, operands.grad, operands.momentum_buffer}) {
         if (tensor == nullptr) continue;
         kept_alive_.emplace_back(
-            c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
+            c10::intrusive_ptr<at::TensorImpl,
+                               c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
       }
     }
     const py::gil_scoped_release no_gil;
     fused_step_cpu(fused_step);
   }
   for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
-  for (const Operands& operands : operands_) {
-    operands.param->bump_version();
-    if (operands.momentum_buffer != nullptr) operands.momentum_buffer->bump_version();
+  for (size_t i = 0; i < operands_.size(); ++i) {
+    if (i + kAhead < operands_.size()) __builtin_prefetch(operands_[i + kAhead].param);
+    operands_[i].param->bump_version();
   }
 }
 
 void Stepper::store_momentum_buffers(const py::dict& state) {
   for (const NewBuffer& created : new_buffers_) {
-    const py::object buffer = py::reinterpret_steal<py::object>(THPVariable_Wrap(created.momentum_buffer));
+    const py::object buffer =
+        py::reinterpret_steal<py::object>(THPVariable_Wrap(created.momentum_buffer));
     const py::object of_param = state[py::handle(created.param)];
     of_param[py::handle(momentum_buffer())] = buffer;
   }
@@ -360,7 +436,8 @@ void Stepper::advance_group(Group& group, PyObject* dict, const py::dict& state)
   group.items.store(dict, group.T_i_index, py::int_(group.position.T_i));
   if (!group.reset_momentum || !at_restart(group.schedule, group.position)) return;
   for (const py::handle param : py::reinterpret_borrow<py::list>(group.params())) {
-    if (PyObject* of_param = find(state.ptr(), param.ptr()); of_param != nullptr && find(of_param, momentum_buffer()))
+    if (PyObject* of_param = find(state.ptr(), param.ptr());
+        of_param != nullptr && find(of_param, momentum_buffer()))
       py::reinterpret_borrow<py::dict>(of_param).attr("pop")(py::handle(momentum_buffer()));
   }
 }

@@ -8,9 +8,25 @@
 
 namespace sgdr {
 
-enum class ElementType : uint8_t { kFloat, kDouble, kHalf, kBFloat16 };
+enum class ElementType : uint8_t { kFloat, kDouble, kHalf, kBFloat16, kNone };
 
-// One parameter of this step. Its grad and momentum buffer hold the same number of elements in the same order.
+constexpr size_t element_size(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat:
+      return 4;
+    case ElementType::kDouble:
+      return 8;
+    case ElementType::kHalf:
+    case ElementType::kBFloat16:
+      return 2;
+    case ElementType::kNone:
+      break;
+  }
+  return 0;
+}
+
+// One parameter of this step. Its grad and momentum buffer hold the same number of elements in the
+// same order.
 struct TensorEntry {
   void* param;
   const void* grad;
@@ -30,8 +46,10 @@ struct Chunk {
   int64_t end;
 };
 
-// Chunks of at most `chunk_size` elements, in the order of the entries; entries without elements have none.
-inline std::vector<Chunk> divide_into_chunks(std::span<const TensorEntry> entries, int64_t chunk_size) {
+// Chunks of at most `chunk_size` elements, in the order of the entries; entries without elements
+// have none.
+inline std::vector<Chunk> divide_into_chunks(std::span<const TensorEntry> entries,
+                                             int64_t chunk_size) {
   std::vector<Chunk> chunks;
   for (size_t entry = 0; entry < entries.size(); ++entry) {
     for (int64_t begin = 0; begin < entries[entry].numel; begin += chunk_size) {

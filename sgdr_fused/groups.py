@@ -25,24 +25,34 @@ def check_group(group: Mapping[str, Any]) -> None:
     schedule = CosineWarmRestarts.of_group(group)
     lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
     if not _is_finite(lr) or lr < 0:
-        raise ValueError(f"Invalid learning rate: {lr}; lr must be finite and >= 0")
+        raise ValueError(f"Invalid learning rate: {lr!r}; lr must be a finite float >= 0")
     if not _is_finite(momentum) or momentum < 0:
-        raise ValueError(f"Invalid momentum value: {momentum}; momentum must be finite and >= 0")
+        raise ValueError(
+            f"Invalid momentum value: {momentum!r}; momentum must be a finite float >= 0"
+        )
     if not _is_finite(dampening):
-        raise ValueError(f"Invalid dampening value: {dampening}; dampening must be finite")
+        raise ValueError(
+            f"Invalid dampening value: {dampening!r}; dampening must be a finite float"
+        )
     if not _is_finite(group["weight_decay"]) or group["weight_decay"] < 0:
         raise ValueError(
-            f"Invalid weight_decay value: {group['weight_decay']}; weight_decay must be finite and >= 0"
+            f"Invalid weight_decay value: {group['weight_decay']!r}; "
+            "weight_decay must be a finite float >= 0"
         )
     if group["nesterov"] and (momentum == 0 or dampening != 0):
         raise ValueError(
             "Nesterov momentum requires a momentum and zero dampening, "
             f"but got momentum={momentum}, dampening={dampening}"
         )
+    for name, least in (("step", 0), ("cycle", 0), ("T_cur", -math.inf), ("T_i", 1)):
+        if type(group[name]) is not int or group[name] < least:
+            raise ValueError(
+                f"{name}={group[name]!r} is no place in a schedule; call seek() to set it"
+            )
     if group["T_cur"] < -schedule.warmup_steps:
         raise ValueError(
-            f"warmup_steps={schedule.warmup_steps} is less than the {-group['T_cur']} steps of warm-up "
-            "that are still to run; call seek() to leave the warm-up"
+            f"warmup_steps={schedule.warmup_steps} is less than the {-group['T_cur']} steps "
+            "of warm-up that are still to run; call seek() to leave the warm-up"
         )
 
 
@@ -57,7 +67,7 @@ def move_group(group: MutableMapping[str, Any], position: Position) -> None:
 
 
 def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
-    """Makes the next step of each parameter its first, in which the momentum buffer starts as the gradient."""
+    """Makes the next step of each parameter its first, as after a restart with reset_momentum."""
     for param in group["params"]:
         if param in state:
             state[param].pop("momentum_buffer", None)
@@ -68,8 +78,9 @@ def sync_group(group: MutableMapping[str, Any], lr_before: float | None) -> None
 
     Args:
         group: A param group.
-        lr_before: The object that ``lr`` was after the last step; None before the first. If it still is, the LR is
-            computed anew, for the schedule may have changed; if not, it was set by hand and holds for the next step.
+        lr_before: The object that ``lr`` was after the last step; None before the first. If it
+            still is, the LR is computed anew, for the schedule may have changed; if not, it was
+            set by hand and holds for the next step.
 
     Raises:
         ValueError: An option is out of its range.

@@ -67,7 +67,8 @@ def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -
     T_cur = scheduler.T_cur * steps_per_epoch
     if abs(T_cur - round(T_cur)) > 1e-6:
         raise ValueError(
-            f"the scheduler stands at T_cur={scheduler.T_cur}, which is not a whole number of steps "
+            f"the scheduler stands at T_cur={scheduler.T_cur}, which is not a whole "
+            "number of steps "
             f"at steps_per_epoch={steps_per_epoch}; pass the number of optimizer steps in an epoch"
         )
     if scheduler.T_mult == 1:
@@ -76,7 +77,8 @@ def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -
         cycle = 0
         while scheduler.T_0 * scheduler.T_mult**cycle < scheduler.T_i:
             cycle += 1
-    # The steps of the cycles before this one; scheduler.last_epoch has lost the fraction of an epoch.
+    # The steps of the cycles before this one; scheduler.last_epoch has lost the fraction of an
+    # epoch.
     before = sum(scheduler.T_0 * scheduler.T_mult**i for i in range(cycle)) * steps_per_epoch
     return Position(before + round(T_cur), cycle, round(T_cur), scheduler.T_i * steps_per_epoch)
 
@@ -97,7 +99,10 @@ def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmR
     )
     lrs = optimizer.get_last_lr()
     scheduler = CosineAnnealingWarmRestarts(
-        sgd, T_0=first["T_0"] * epoch // per_call, T_mult=int(first["T_mult"]), eta_min=first["eta_min"]
+        sgd,
+        T_0=first["T_0"] * epoch // per_call,
+        T_mult=int(first["T_mult"]),
+        eta_min=first["eta_min"],
     )
     scheduler.load_state_dict(
         {
@@ -125,9 +130,12 @@ def _check_expressible(group: dict[str, Any], first: dict[str, Any], index: int)
         ("decoupled_weight_decay", False),
         ("T_mult", int(schedule.T_mult)),
     ):
-        if group[name] != wanted and (name != "decoupled_weight_decay" or group["weight_decay"] != 0):
+        if group[name] != wanted and (
+            name != "decoupled_weight_decay" or group["weight_decay"] != 0
+        ):
             raise ValueError(
-                f"param_groups[{index}] has {name}={group[name]!r}, for which the pair has no counterpart; "
+                f"param_groups[{index}] has {name}={group[name]!r}, for which the pair "
+                "has no counterpart; "
                 f"set it to {wanted!r} first"
             )
     if position.T_cur < 0:
@@ -138,6 +146,7 @@ def _check_expressible(group: dict[str, Any], first: dict[str, Any], index: int)
     for name in ("T_0", "T_mult", "eta_min", "steps_per_epoch", "anneal", *Position._fields):
         if group[name] != first[name]:
             raise ValueError(
-                f"param_groups[{index}] has {name}={group[name]!r}, but param_groups[0] has {first[name]!r}; "
+                f"param_groups[{index}] has {name}={group[name]!r}, but "
+                f"param_groups[0] has {first[name]!r}; "
                 "the pair has one schedule for all groups"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from sgdr_fused import interop, native
 from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of, sync_group
 from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position
-from sgdr_fused.tensors import check_tensors, local_tensor, named_params
+from sgdr_fused.tensors import check_tensors, kinds_of_tensors, local_tensor, named_params
 
 __all__ = ["FusedSGDR"]
 
@@ -29,23 +28,28 @@ class FusedSGDR(Optimizer):
     r"""SGD with momentum and a cosine schedule with warm restarts, in one fused step.
 
     Replaces :class:`torch.optim.SGD` together with
-    :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`: delete ``scheduler.step()`` and pass the
-    scheduler's arguments here. In float32 and float64 on the CPU the parameters are the pair's bit for bit.
+    :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`: delete ``scheduler.step()`` and
+    pass the scheduler's arguments here. In float32 and float64 on the CPU the parameters are the
+    pair's bit for bit.
 
-    The schedule counts applied steps: a step that a GradScaler skips changes nothing, the schedule included. Each
-    of the options from ``lr`` to ``decoupled_weight_decay`` can also be given per param group, and changed there
-    between steps. ``param_group["lr"]`` is the LR of the next step; a value written to it holds for that step, as
-    with a torch scheduler, and ``param_group["initial_lr"]`` is the peak :math:`\eta_{max}` to change for good.
+    The schedule counts applied steps: a step that a GradScaler skips changes nothing, the schedule
+    included. Each of the options from ``lr`` to ``decoupled_weight_decay`` can also be given per
+    param group, and changed there between steps. ``param_group["lr"]`` is the LR of the next step;
+    a value written to it holds for that step, as with a torch scheduler, and
+    ``param_group["initial_lr"]`` is the peak :math:`\eta_{max}` to change for good. A torch LR
+    scheduler on top is refused; ``ReduceLROnPlateau``, which cannot be told from a hand that sets
+    ``lr``, would have each of its changes last one step: call :meth:`restart` instead.
 
     Args:
-        params: Parameters, named parameters or dicts of param groups, as for any torch optimizer; real or complex,
-            of dtype float64, float32, float16 or bfloat16 (complex64, complex128).
+        params: Parameters, named parameters or dicts of param groups, as for any torch optimizer;
+            real or complex, of dtype float64, float32, float16 or bfloat16 (complex64, complex128).
         lr: Peak of the first cycle. A one-element tensor is read once.
         momentum: Momentum factor :math:`\mu`.
         dampening: Dampening :math:`\tau` of the momentum.
         weight_decay: Weight decay :math:`\lambda`, as an L2 penalty.
         nesterov: Use Nesterov momentum; needs momentum and no dampening.
-        T_0: Length of the first cycle, in epochs of ``steps_per_epoch`` steps; by default in optimizer steps.
+        T_0: Length of the first cycle, in epochs of ``steps_per_epoch`` steps; by default in
+            optimizer steps.
         T_mult: Factor by which each cycle is longer than the one before, >= 1.
         eta_min: LR that each cycle falls towards; at most ``lr``.
         steps_per_epoch: Optimizer steps in an epoch.
@@ -57,7 +61,8 @@ class FusedSGDR(Optimizer):
         reset_momentum: Drop the momentum at each restart.
         maximize: Ascend instead of descend.
         decoupled_weight_decay: Multiply the parameter by ``1 - lr * weight_decay`` instead (SGDW).
-        backend: ``"native"`` raises where the native step cannot run, ``"reference"`` runs the plain PyTorch step,
+        backend: ``"native"`` raises where the native step cannot run, ``"reference"`` runs the
+            plain PyTorch step,
             ``"auto"`` takes the former where it can and says so once where it cannot.
 
     Raises:
@@ -72,10 +77,11 @@ class FusedSGDR(Optimizer):
         >>>     optimizer.step()  # and no scheduler.step()
 
     References:
-        Update: :class:`torch.optim.SGD`, after Sutskever et al., *On the importance of initialization and momentum in
-        deep learning*, ICML 2013. Schedule: Loshchilov and Hutter, *SGDR*, ICLR 2017,
-        https://arxiv.org/abs/1608.03983. Decoupled weight decay: the same, *Decoupled Weight Decay
-        Regularization*, ICLR 2019, https://arxiv.org/abs/1711.05101, algorithm 1.
+        Update: :class:`torch.optim.SGD`, after Sutskever et al., *On the importance of
+        initialization and momentum in deep learning*, ICML 2013. Schedule: Loshchilov and Hutter,
+        *SGDR*, ICLR 2017, https://arxiv.org/abs/1608.03983. Decoupled weight decay: the same,
+        *Decoupled Weight Decay Regularization*, ICLR 2019, https://arxiv.org/abs/1711.05101,
+        algorithm 1.
     """
 
     # GradScaler then leaves the gradients alone and sets grad_scale and found_inf for the step.
@@ -105,7 +111,9 @@ class FusedSGDR(Optimizer):
         backend: Backend = "auto",
     ) -> None:
         if backend not in get_args(Backend):
-            raise ValueError(f"Expected backend to be one of {get_args(Backend)}, but got {backend!r}")
+            raise ValueError(
+                f"Expected backend to be one of {get_args(Backend)}, but got {backend!r}"
+            )
         if backend == "native" and native.extension is None:
             raise RuntimeError(f'backend="native" is not available: {native.why_missing}')
         self.backend = backend
@@ -131,9 +139,10 @@ class FusedSGDR(Optimizer):
         }
         super().__init__(params, defaults)
 
-    # ------------------------------------------------------------------------------------------ step
+    # ------------------------------------------------------------------------------------------
+    # step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, then move the schedule one step on.
 
         Args:
@@ -143,7 +152,8 @@ class FusedSGDR(Optimizer):
             The closure's result, or None.
 
         Raises:
-            ValueError: A gradient does not fit its parameter, or an option of a group is out of its range.
+            ValueError: A gradient does not fit its parameter, or an option of a group is out of
+                its range.
             RuntimeError: A gradient is sparse, or ``backend="native"`` cannot run.
 
         After an error parameters, momentum and schedule are as they were.
@@ -151,9 +161,6 @@ class FusedSGDR(Optimizer):
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
-
-    # torch would wrap step() in a profiler range that costs more than a small step; see _is_observed.
-    step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -166,8 +173,7 @@ class FusedSGDR(Optimizer):
             return loss
         grad_scale = amp.get("grad_scale")
         scale = 1.0 if grad_scale is None else float(grad_scale)
-        stepper = self._stepper
-        if stepper is None or not stepper.step(self.param_groups, self.state, scale):
+        if not self._stepper.step(self.param_groups, self.state, scale):
             self._fall_back(scale)
         return loss
 
@@ -185,36 +191,44 @@ class FusedSGDR(Optimizer):
             or native.extension.is_profiling()
         )
 
+    def _patch_step_function(self) -> None:
+        # torch would wrap step() of this class or a subclass in a profiler range that costs more
+        # than a small step. Ours opens the range and runs the hooks itself when there is somebody
+        # to see them: _is_observed.
+        self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
+
     def _fall_back(self, grad_scale: float) -> None:
         """Takes the step by the reference path, this one and all later ones."""
         check_tensors(self.param_groups, self.state)
-        reason = native.why_missing or (
-            "a parameter, gradient or momentum buffer is of a device, dtype or tensor subclass that the native step "
-            "does not take: " + _kinds(self.param_groups)
+        reason = (
+            "the native step does not take a device, dtype or tensor subclass in use: "
+            + kinds_of_tensors(self.param_groups)
         )
         if self.backend == "native":
             raise RuntimeError(f'backend="native" cannot take this step: {reason}')
-        warnings.warn(f"FusedSGDR takes the slower reference path: {reason}", stacklevel=4)
-        self._stepper = ReferenceStepper()
+        self._stepper = ReferenceStepper(_SLOWER + reason)
         self._stepper.step(self.param_groups, self.state, grad_scale)
 
     def _new_stepper(self) -> Any:
         if self.backend == "reference":
             return ReferenceStepper()
         if native.extension is None:
-            return None
+            return ReferenceStepper(_SLOWER + native.why_missing)
         return native.extension.Stepper(sync_group, local_tensor)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses the wrapper by which a torch LR scheduler attaches itself to ``step``."""
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
             raise TypeError(
-                "FusedSGDR computes its own learning rate, so a torch LR scheduler would fight with it; "
-                "remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, ... to FusedSGDR instead"
+                "FusedSGDR computes its own learning rate, so a torch LR scheduler "
+                "would fight with it; "
+                "remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, "
+                "... to FusedSGDR instead"
             )
         super().__setattr__(name, value)
 
-    # -------------------------------------------------------------------------------------- schedule
+    # --------------------------------------------------------------------------------------
+    # schedule
 
     def get_last_lr(self) -> list[float]:
         """Each group's LR for the next step, under the name that torch's schedulers use."""
@@ -246,12 +260,15 @@ class FusedSGDR(Optimizer):
             move_group(param_group, start)
             if param_group["reset_momentum"]:
                 drop_momentum(param_group, self.state)
+        self._stepper.sync(self.param_groups)
 
     def seek(self, step: int) -> None:
-        """Jump every group's schedule to a step, as if that many had been applied; momentum stays as it is.
+        """Jump every group's schedule to a step, as if that many had been applied; momentum stays
+        as it is.
 
         Args:
-            step: Number of applied steps, >= 0. The effects of earlier ``restart()`` calls are forgotten.
+            step: Number of applied steps, >= 0. The effects of earlier ``restart()`` calls are
+                forgotten.
 
         Raises:
             ValueError: ``step`` is negative or not an integer.
@@ -259,8 +276,10 @@ class FusedSGDR(Optimizer):
         positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
         for group, position in zip(self.param_groups, positions, strict=True):
             move_group(group, position)
+        self._stepper.sync(self.param_groups)
 
-    # ----------------------------------------------------------------------------------------- state
+    # -----------------------------------------------------------------------------------------
+    # state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose schedule joins at the step the others have reached.
@@ -269,8 +288,8 @@ class FusedSGDR(Optimizer):
             param_group: ``params``, and the options that differ from the defaults.
 
         Raises:
-            ValueError: An option is out of its range, a parameter is listed twice, or the parameters are on several
-                devices.
+            ValueError: An option is out of its range, a parameter is listed twice, or the
+                parameters are on several devices.
         """
         super().add_param_group(_without_duplicates(param_group))
         group = self.param_groups[-1]
@@ -286,6 +305,7 @@ class FusedSGDR(Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
+        self._stepper.sync(self.param_groups)
 
     def _joining_position(self, group: dict[str, Any]) -> Position:
         schedule = CosineWarmRestarts.of_group(group)
@@ -293,7 +313,10 @@ class FusedSGDR(Optimizer):
         if first is group:
             return schedule.position(0)
         # In step with the others, restart() calls included, where it follows the same cycles.
-        if replace(CosineWarmRestarts.of_group(first), lr=schedule.lr, eta_min=schedule.eta_min) == schedule:
+        if (
+            replace(CosineWarmRestarts.of_group(first), lr=schedule.lr, eta_min=schedule.eta_min)
+            == schedule
+        ):
             return position_of(first)
         return schedule.position(first["step"])
 
@@ -302,28 +325,33 @@ class FusedSGDR(Optimizer):
         return super().__getstate__() | {"backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state over, from pickle or from ``load_state_dict``; an error leaves the optimizer as it was."""
+        """Take a state over, from pickle or ``load_state_dict``; an error changes nothing."""
         if "param_groups" in self.__dict__:
             state = self._adopted(state)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
         self._stepper = self._new_stepper()
+        self._stepper.sync(self.param_groups)
 
     def _adopted(self, loaded: dict[str, Any]) -> dict[str, Any]:
-        """A loaded state, completed from our own groups where it is a torch.optim.SGD's, and checked."""
+        """A loaded state, checked, and completed from our own groups where it is an SGD's."""
         groups = []
-        for i, (own, saved) in enumerate(zip(self.param_groups, loaded["param_groups"], strict=True)):
+        for i, (own, saved) in enumerate(
+            zip(self.param_groups, loaded["param_groups"], strict=True)
+        ):
             group = {key: value for key, value in saved.items() if key not in _ONLY_SGD}
             group.setdefault("initial_lr", group.get("lr", own["initial_lr"]))
-            group["initial_lr"] = float(group["initial_lr"])
             is_ours = all(name in group for name in Position._fields)
             group = {key: value for key, value in own.items() if key != "lr"} | group
             try:
+                group["initial_lr"] = float(group["initial_lr"])
+                check_group(group)
                 if not is_ours:
                     move_group(group, position_of(group))
-                check_group(group)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"the state_dict does not fit: param_groups[{i}]: {error}") from error
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"the state_dict does not fit: param_groups[{i}]: {error!r}"
+                ) from error
             groups.append(group)
 
         state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -333,17 +361,20 @@ class FusedSGDR(Optimizer):
             of_param = {k: v for k, v in loaded["state"][param].items() if v is not None}
             buffer = of_param.get("momentum_buffer")
             if buffer is not None:
-                if buffer.shape != param.shape:
+                if not isinstance(buffer, Tensor) or buffer.shape != param.shape:
+                    found = tuple(buffer.shape) if isinstance(buffer, Tensor) else repr(buffer)
                     raise ValueError(
                         f"the state_dict does not fit: {name} has shape {tuple(param.shape)}, "
-                        f"its momentum_buffer {tuple(buffer.shape)}; was it saved from another model?"
+                        f"its momentum_buffer {found}; was it saved from another model?"
                     )
-                # torch would share the tensor with the state_dict, and so with whoever else loads it.
+                # torch would share the tensor with the state_dict, and so with whoever else loads
+                # it.
                 of_param["momentum_buffer"] = buffer.clone()
             state[param] = of_param
         return {"state": state, "param_groups": groups}
 
-    # --------------------------------------------------------------------------------------- interop
+    # ---------------------------------------------------------------------------------------
+    # interop
 
     @classmethod
     def from_pair(
@@ -357,14 +388,14 @@ class FusedSGDR(Optimizer):
     ) -> FusedSGDR:
         """Take over a running training of ``torch.optim.SGD`` with its scheduler, mid-cycle too.
 
-        The new optimizer continues with the pair's parameters, momentum buffers (the same tensors: step only one of
-        the two from here on), options and place in the schedule.
+        The new optimizer continues with the pair's parameters, momentum buffers (the same tensors:
+        step only one of the two from here on), options and place in the schedule.
 
         Args:
             sgd: The optimizer.
             scheduler: Its scheduler.
-            steps_per_epoch: Optimizer steps in one unit of the scheduler's ``T_0``: 1 if ``scheduler.step()`` was
-                called at each optimizer step.
+            steps_per_epoch: Optimizer steps in one unit of the scheduler's ``T_0``: 1 if
+                ``scheduler.step()`` was called at each optimizer step.
             anneal: ``"epoch"`` if it was called once an epoch.
             backend: As for the constructor.
 
@@ -383,8 +414,8 @@ class FusedSGDR(Optimizer):
         """Hand the training over to ``torch.optim.SGD`` and its scheduler, mid-cycle too.
 
         Returns:
-            The pair, on the same parameters and momentum buffers. Call ``scheduler.step()`` after each step, or after
-            each epoch if ``anneal="epoch"``.
+            The pair, on the same parameters and momentum buffers. Call ``scheduler.step()`` after
+            each step, or after each epoch if ``anneal="epoch"``.
 
         Raises:
             ValueError: An option has no counterpart in the pair; the message says which.
@@ -392,12 +423,16 @@ class FusedSGDR(Optimizer):
         return interop.to_pair(self)
 
 
+_SLOWER = "FusedSGDR takes the slower reference path: "
+
 _ONLY_SGD = ("foreach", "differentiable", "fused")
 
 
 def _without_duplicates(param_group: dict[str, Any]) -> dict[str, Any]:
     """The group with its parameters as a list; raises where one is listed twice."""
-    if not isinstance(param_group, dict) or isinstance(param_group.get("params"), (Tensor, set, type(None))):
+    if not isinstance(param_group, dict) or isinstance(
+        param_group.get("params"), (Tensor, set, type(None))
+    ):
         return param_group  # for torch's own messages
     params = list(param_group["params"])
     seen: dict[int, int] = {}
@@ -418,14 +453,3 @@ def _check_devices(params: list[Tensor], group: int) -> None:
                 f'param_groups[{group}]["params"][{i}] is on {param.device}, but params[0] is on '
                 f"{params[0].device}; give each device a param group of its own"
             )
-
-
-def _kinds(param_groups: list[dict[str, Any]]) -> str:
-    """The kinds of parameters and gradients in use, for an error message."""
-    kinds = {
-        f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-        for _, _, param in named_params(param_groups)
-        for tensor in (param, param.grad)
-        if tensor is not None
-    }
-    return ", ".join(sorted(kinds))

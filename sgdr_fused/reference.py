@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -16,10 +18,31 @@ __all__ = ["ReferenceStepper", "reference_step"]
 
 
 class ReferenceStepper:
-    """Stands where the native extension's ``Stepper`` stands: one optimizer's step."""
+    """Stands where the native extension's ``Stepper`` stands: one optimizer's step.
 
-    def __init__(self) -> None:
+    Args:
+        warning: What to warn of at the first step; empty: nothing.
+    """
+
+    def __init__(self, warning: str = "") -> None:
+        self._warning = warning
         self._groups_before: list[dict[str, Any]] = []
+
+    def sync(self, param_groups: Sequence[MutableMapping[str, Any]]) -> None:
+        """Takes over what has changed in the groups since they were last seen.
+
+        Args:
+            param_groups: The optimizer's.
+
+        Raises:
+            ValueError: An option is out of its range.
+        """
+        for i, group in enumerate(param_groups):
+            before = self._groups_before[i] if i < len(self._groups_before) else {}
+            if group.keys() != before.keys() or any(group[key] is not before[key] for key in group):
+                sync_group(group, before.get("lr"))
+                self._groups_before[i : i + 1] = [dict(group)]
+        del self._groups_before[len(param_groups) :]
 
     def step(
         self,
@@ -27,7 +50,7 @@ class ReferenceStepper:
         state: MutableMapping[Tensor, Any],
         grad_scale: float,
     ) -> bool:
-        """Takes changed options over, then takes the step; returns True.
+        """Takes changed options over, then takes the step.
 
         Args:
             param_groups: The optimizer's.
@@ -41,10 +64,10 @@ class ReferenceStepper:
             ValueError: An option, gradient or buffer is not valid; nothing was written.
             RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
         """
-        for i, group in enumerate(param_groups):
-            before = self._groups_before[i] if i < len(self._groups_before) else {}
-            if group.keys() != before.keys() or any(group[key] is not before[key] for key in group):
-                sync_group(group, before.get("lr"))
+        self.sync(param_groups)
+        if self._warning:
+            warnings.warn(self._warning, stacklevel=_frames_to_caller())
+            self._warning = ""
         reference_step(param_groups, state, grad_scale)
         self._groups_before = [dict(group) for group in param_groups]
         return True
@@ -60,17 +83,19 @@ def reference_step(
 
     .. math::
         g &\leftarrow \mathtt{grad} / \mathtt{grad\_scale} \qquad (-g \text{ if maximize}) \\
-        g &\leftarrow g + \lambda p \qquad (p \leftarrow p (1 - \eta \lambda) \text{ instead if decoupled}) \\
-        b &\leftarrow g \text{ at the first step, else } \mu b + (1 - \tau) g \\
+        g &\leftarrow g + \lambda p \qquad (p \leftarrow p (1 - \eta \lambda) \text{ instead if
+        decoupled}) \\ b &\leftarrow g \text{ at the first step, else } \mu b + (1 - \tau) g \\
         p &\leftarrow p - \eta (g + \mu b \text{ if nesterov, else } b)
 
-    The formula and its order are :class:`torch.optim.SGD`'s. Arithmetic is in float64 for float64 parameters and in
-    float32 for all others; parameter and buffer are rounded to their own dtype once, at the end.
+    The formula and its order are :class:`torch.optim.SGD`'s. Arithmetic is in float64 for float64
+    parameters and in float32 for all others; parameter and buffer are rounded to their own dtype
+    once, at the end.
 
     Args:
-        param_groups: Param groups of a :class:`FusedSGDR`; their schedule entries are brought one step forward.
-        state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape; made at a
-            parameter's first step.
+        param_groups: Param groups of a :class:`FusedSGDR`; their schedule entries are brought one
+            step forward.
+        state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape;
+            made at a parameter's first step.
         grad_scale: What the gradients were multiplied by. They are not written back.
 
     Raises:
@@ -93,6 +118,16 @@ def reference_step(
                 state[param]["momentum_buffer"] = buffer
     for group in param_groups:
         _advance_group(group, state)
+
+
+def _frames_to_caller() -> int:
+    """The stacklevel at which a warning points to the code that called ``step()``."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(
+        ("sgdr_fused.", "torch.")
+    ):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _advance_group(group: MutableMapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:

@@ -1,6 +1,7 @@
 """The cosine schedule with warm restarts, in closed form and plain Python.
 
-The native backends advance the same schedule step by step; this file is what they are tested against.
+The native backends advance the same schedule step by step; this file is what they are tested
+against.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class CosineWarmRestarts:
-    r"""Cosine annealing with warm restarts (SGDR), optionally with warm-up, shrinking peaks and an end.
+    r"""Cosine annealing with warm restarts (SGDR), optionally with warm-up, shrinking peaks and an
+    end.
 
     Cycle :math:`i` lasts :math:`T_i = \mathrm{round}(T_0 \cdot \mathtt{steps\_per\_epoch} \cdot
     T_\mathrm{mult}^i)` steps, in which
@@ -45,8 +47,9 @@ class CosineWarmRestarts:
         \eta = \eta_{min} + (\mathtt{lr} - \eta_{min}) \cdot \mathtt{cycle\_decay}^i \cdot
         \frac{1 + \cos(\pi \, T_{cur} / T_i)}{2}, \qquad T_{cur} = 0, \dots, T_i - 1.
 
-    With the default options this is :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`, stepped once an
-    optimizer step, to the bit; and exact at the restarts where the latter's ``step(epoch)`` is not.
+    With the default options this is :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`,
+    stepped once an optimizer step, to the bit; and exact at the restarts where the latter's
+    ``step(epoch)`` is not.
 
     Args:
         lr: Peak of the first cycle, :math:`\eta_{max}`.
@@ -54,11 +57,12 @@ class CosineWarmRestarts:
         T_mult: Factor by which each cycle is longer than the one before; a real number >= 1.
         eta_min: LR that each cycle falls towards; at most ``lr``.
         steps_per_epoch: Optimizer steps in an epoch, the unit of ``T_0``.
-        anneal: ``"step"`` changes the LR at each step; ``"epoch"`` keeps it for an epoch, as when torch's
-            ``scheduler.step()`` is called once an epoch.
+        anneal: ``"step"`` changes the LR at each step; ``"epoch"`` keeps it for an epoch, as when
+            torch's ``scheduler.step()`` is called once an epoch.
         warmup_steps: Steps of a linear ramp, once, before the first cycle.
         warmup_start_lr: LR at the foot of that ramp.
-        cycle_decay: Factor by which each cycle's peak, taken from ``eta_min``, is lower than the one before.
+        cycle_decay: Factor by which each cycle's peak, taken from ``eta_min``, is lower than the
+            one before.
         n_cycles: Number of cycles after which the LR stays at ``eta_min``; None: endless.
 
     Raises:
@@ -83,13 +87,22 @@ class CosineWarmRestarts:
     def __post_init__(self) -> None:
         """Check every option."""
         if not _is_finite(self.lr) or self.lr < 0:
-            raise ValueError(f"Invalid learning rate: {self.lr}; lr must be finite and >= 0")
+            raise ValueError(f"Invalid learning rate: {self.lr!r}; lr must be a finite float >= 0")
         for name, least in (("T_0", 1), ("steps_per_epoch", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
-            if not _is_int(value) or value < least:
-                raise ValueError(f"Expected an integer {name} >= {least}, but got {name}={value!r}")
+            if not _is_int(value) or not least <= value <= _LONGEST_CYCLE:
+                raise ValueError(
+                    f"Expected an integer {name} from {least} to 2**53, but got {name}={value!r}"
+                )
+        if self.T_0 * self.steps_per_epoch > _LONGEST_CYCLE:
+            raise ValueError(
+                f"T_0={self.T_0} epochs of steps_per_epoch={self.steps_per_epoch} are "
+                "more than 2**53 steps; lower one"
+            )
         if self.n_cycles is not None and (not _is_int(self.n_cycles) or self.n_cycles < 1):
-            raise ValueError(f"Expected an integer n_cycles >= 1 or None, but got {self.n_cycles!r}")
+            raise ValueError(
+                f"Expected an integer n_cycles >= 1 or None, but got {self.n_cycles!r}"
+            )
         if not _is_finite(self.T_mult) or self.T_mult < 1:
             raise ValueError(f"Expected a finite T_mult >= 1, but got T_mult={self.T_mult!r}")
         for name in ("eta_min", "warmup_start_lr", "cycle_decay"):
@@ -98,7 +111,8 @@ class CosineWarmRestarts:
                 raise ValueError(f"Expected a finite {name} >= 0, but got {name}={value!r}")
         if self.eta_min > self.lr:
             raise ValueError(
-                f"eta_min={self.eta_min} is above lr={self.lr}, so the LR would rise within a cycle; "
+                f"eta_min={self.eta_min} is above lr={self.lr}, so the LR would rise "
+                "within a cycle; "
                 "lower eta_min or raise lr (each param group can have its own)"
             )
         if self.anneal not in get_args(Anneal):
@@ -149,7 +163,7 @@ class CosineWarmRestarts:
             if self.n_cycles is not None and cycle > self.n_cycles:
                 T_cur += (cycle - self.n_cycles) * self.cycle_length(0)
                 cycle = self.n_cycles
-        while T_cur >= self.cycle_length(cycle) and cycle != self.n_cycles:
+        while T_cur >= self.cycle_length(cycle) and not self.is_over(cycle):
             T_cur -= self.cycle_length(cycle)
             cycle += 1
         return Position(step, cycle, T_cur, self.cycle_length(cycle))
@@ -157,7 +171,7 @@ class CosineWarmRestarts:
     def advance(self, position: Position) -> Position:
         """The position one step later."""
         step, cycle, T_cur, T_i = position
-        if T_cur + 1 < T_i or cycle == self.n_cycles:
+        if T_cur + 1 < T_i or self.is_over(cycle):
             return Position(step + 1, cycle, T_cur + 1, T_i)
         return Position(step + 1, cycle + 1, 0, self.cycle_length(cycle + 1))
 
@@ -174,23 +188,30 @@ class CosineWarmRestarts:
             ValueError: There is no next cycle, because of ``n_cycles``.
         """
         cycle = position.cycle + 1
-        if self.n_cycles is not None and cycle >= self.n_cycles:
+        if self.is_over(cycle):
             raise ValueError(
-                f"restart() would begin cycle {cycle}, but the schedule ends after n_cycles={self.n_cycles}; "
+                f"restart() would begin cycle {cycle}, but the schedule ends after "
+                f"n_cycles={self.n_cycles}; "
                 "raise n_cycles or set it to None"
             )
         return Position(position.step, cycle, 0, self.cycle_length(cycle))
 
     def is_restart(self, position: Position) -> bool:
         """Whether a cycle other than the first begins at a position."""
-        return position.T_cur == 0 < position.cycle != self.n_cycles
+        return position.T_cur == 0 < position.cycle and not self.is_over(position.cycle)
+
+    def is_over(self, cycle: int) -> bool:
+        """Whether a cycle comes after the last of ``n_cycles``."""
+        return self.n_cycles is not None and cycle >= self.n_cycles
 
     def lr_of(self, position: Position) -> float:
         """LR of the step taken at a position."""
         if position.T_cur < 0:
             done = position.T_cur + self.warmup_steps
-            return self.warmup_start_lr + (self.lr - self.warmup_start_lr) * done / self.warmup_steps
-        if position.cycle == self.n_cycles:
+            return (
+                self.warmup_start_lr + (self.lr - self.warmup_start_lr) * done / self.warmup_steps
+            )
+        if self.is_over(position.cycle):
             return self.eta_min
         every = self.steps_per_epoch if self.anneal == "epoch" else 1
         T_cur, T_i = position.T_cur // every, position.T_i / every
@@ -212,7 +233,7 @@ class CosineWarmRestarts:
         """
         starts = []
         cycle, start = 0, self.warmup_steps + self.cycle_length(0)
-        while start < total_steps and cycle + 1 != self.n_cycles:
+        while start < total_steps and not self.is_over(cycle + 1):
             starts.append(start)
             cycle += 1
             start += self.cycle_length(cycle)
@@ -222,7 +243,8 @@ class CosineWarmRestarts:
 def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
     """The longest first cycle for which ``n_cycles`` cycles fit into a budget.
 
-    The best weights of an SGDR run are those at the end of a cycle, so a budget should end there. Warm-up is not
+    The best weights of an SGDR run are those at the end of a cycle, so a budget should end there.
+    Warm-up is not
     counted: subtract it first.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_tensors", "local_tensor", "named_params"]
+__all__ = ["check_tensors", "kinds_of_tensors", "local_tensor", "named_params"]
 
 
 def named_params(
@@ -27,7 +27,8 @@ def local_tensor(tensor: Tensor, param: Tensor) -> Tensor | None:
     """The plain tensor behind a parameter, or behind a gradient or a momentum buffer of it.
 
     Args:
-        tensor: Any tensor. A DTensor gives its local shard, brought to the parameter's placements first.
+        tensor: Any tensor. A DTensor gives its local shard, brought to the parameter's placements
+            first.
         param: The parameter that it belongs to.
 
     Returns:
@@ -63,11 +64,14 @@ def check_tensors(
             continue
         if grad.layout != torch.strided:
             raise RuntimeError(
-                f"{name} has a gradient of layout {grad.layout}; FusedSGDR takes dense gradients only: "
+                f"{name} has a gradient of layout {grad.layout}; FusedSGDR takes dense "
+                "gradients only: "
                 "use nn.Embedding(sparse=False), or torch.optim.SGD for this parameter"
             )
         if not param.is_floating_point() and not param.is_complex():
-            raise ValueError(f"{name} has dtype {param.dtype}; only real or complex numbers can be optimised")
+            raise ValueError(
+                f"{name} has dtype {param.dtype}; only real or complex numbers can be optimised"
+            )
         if param.layout != torch.strided:
             raise ValueError(f"{name} has layout {param.layout}; parameters must be dense")
         _check_fits(name, "gradient", grad, param)
@@ -79,8 +83,21 @@ def check_tensors(
         buffer = state.get(param, {}).get("momentum_buffer") if group["momentum"] != 0 else None
         if buffer is not None:
             if not isinstance(buffer, Tensor):
-                raise ValueError(f"{name} has momentum_buffer={buffer!r}; it must be a tensor or None")
+                raise ValueError(
+                    f"{name} has momentum_buffer={buffer!r}; it must be a tensor or None"
+                )
             _check_fits(name, "momentum_buffer", buffer, param)
+
+
+def kinds_of_tensors(param_groups: Sequence[Mapping[str, Any]]) -> str:
+    """The kinds of parameters and gradients in use, for a message."""
+    kinds = {
+        f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+        for _, _, param in named_params(param_groups)
+        for tensor in (param, param.grad)
+        if tensor is not None
+    }
+    return ", ".join(sorted(kinds))
 
 
 def _check_fits(name: str, role: str, tensor: Tensor, param: Tensor) -> None:
@@ -88,11 +105,14 @@ def _check_fits(name: str, role: str, tensor: Tensor, param: Tensor) -> None:
         found, wanted = getattr(tensor, what), getattr(param, what)
         if found != wanted:
             raise ValueError(
-                f"{name} has a {role} of {what} {_plain(found)}, but the parameter's is {_plain(wanted)}; "
+                f"{name} has a {role} of {what} {_plain(found)}, but the parameter's "
+                f"is {_plain(wanted)}; "
                 f"set it to a tensor of that {what}, or to None"
             )
     if tensor.is_complex() != param.is_complex():
-        raise ValueError(f"{name} has a {role} of dtype {tensor.dtype}, but the parameter's is {param.dtype}")
+        raise ValueError(
+            f"{name} has a {role} of dtype {tensor.dtype}, but the parameter's is {param.dtype}"
+        )
 
 
 def _plain(value: object) -> object:

@@ -14,10 +14,12 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kChunkNumel = 1 << 14;
+constexpr size_t kAhead = 3;
 constexpr int64_t kBlockNumel = 256;  // three blocks of doubles stay in the first-level cache
 
 template <class T>
-constexpr ElementType kElementType = std::is_same_v<T, double> ? ElementType::kDouble : ElementType::kFloat;
+constexpr ElementType kElementType =
+    std::is_same_v<T, double> ? ElementType::kDouble : ElementType::kFloat;
 
 // What the tensors of one group have in common, for arithmetic in T.
 template <class T>
@@ -29,13 +31,14 @@ struct GroupLoops {
   template <class InstructionSet>
   GroupLoops(const GroupStep& group, InstructionSet)
       : scalars(group.scalars),
-        update(find_update_loop<InstructionSet, T>(group,
-                                                   group.momentum ? Momentum::kRunning : Momentum::kNone)),
-        first_update(
-            find_update_loop<InstructionSet, T>(group, group.momentum ? Momentum::kFirst : Momentum::kNone)) {}
+        update(find_update_loop<InstructionSet, T>(
+            group, group.momentum ? Momentum::kRunning : Momentum::kNone)),
+        first_update(find_update_loop<InstructionSet, T>(
+            group, group.momentum ? Momentum::kFirst : Momentum::kNone)) {}
 };
 
-// A stretch of a tensor in the type of the arithmetic: the tensor's own memory where it has that type, else a copy.
+// A stretch of a tensor in the type of the arithmetic: the tensor's own memory where it has that
+// type, else a copy.
 template <class InstructionSet, class T>
 class Operand {
  public:
@@ -58,16 +61,7 @@ class Operand {
 
  private:
   char* at(int64_t index) const {
-    switch (type_) {
-      case ElementType::kFloat:
-        return memory_ + index * static_cast<int64_t>(sizeof(float));
-      case ElementType::kDouble:
-        return memory_ + index * static_cast<int64_t>(sizeof(double));
-      case ElementType::kHalf:
-      case ElementType::kBFloat16:
-        break;
-    }
-    return memory_ + index * 2;
+    return memory_ + index * static_cast<int64_t>(element_size(type_));
   }
 
   char* memory_;
@@ -76,7 +70,8 @@ class Operand {
 };
 
 template <class InstructionSet, class T>
-void update_range(const TensorEntry& entry, int64_t begin, int64_t end, const GroupLoops<T>& loops) {
+void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
+                  const GroupLoops<T>& loops) {
   const UpdateLoop<T> update = entry.first_step ? loops.first_update : loops.update;
   Operand<InstructionSet, T> param(entry.param, entry.param_type);
   Operand<InstructionSet, T> grad(entry.grad, entry.grad_type);
@@ -90,6 +85,16 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end, const Gr
            momentum_buffer.load(begin, numel, !entry.first_step), numel, loops.scalars);
     param.store(begin, numel);
     momentum_buffer.store(begin, numel);
+  }
+}
+
+// The first lines of a tensor that is due soon: small ones are over before the processor sees a
+// pattern.
+void prefetch(const TensorEntry& entry) {
+  for (int64_t byte = 0; byte < 256; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(entry.param) + byte, 1);
+    __builtin_prefetch(static_cast<const char*>(entry.grad) + byte);
+    __builtin_prefetch(static_cast<const char*>(entry.momentum_buffer) + byte, 1);
   }
 }
 
@@ -112,8 +117,11 @@ void fused_step(const FusedStep& step) {
       update_range<InstructionSet>(entry, begin, end, of_group.in_float);
   };
 
-  if (step.numel < kParallelNumel || at::get_num_threads() == 1) {
-    for (const TensorEntry& entry : step.tensors) update(entry, 0, entry.numel);
+  if (!is_worth_threads(step) || at::get_num_threads() == 1) {
+    for (size_t i = 0; i < step.tensors.size(); ++i) {
+      if (i + kAhead < step.tensors.size()) prefetch(step.tensors[i + kAhead]);
+      update(step.tensors[i], 0, step.tensors[i].numel);
+    }
     return;
   }
   const std::vector<Chunk> chunks = divide_into_chunks(step.tensors, kChunkNumel);

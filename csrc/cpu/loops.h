@@ -11,7 +11,8 @@ namespace sgdr::cpu {
 
 template <class Options, class T>
 SGDR_HD void update_elements(T* __restrict__ param, const T* __restrict__ grad,
-                             T* __restrict__ momentum_buffer, int64_t numel, UpdateScalars<T> scalars) {
+                             T* __restrict__ momentum_buffer, int64_t numel,
+                             UpdateScalars<T> scalars) {
   for (int64_t i = 0; i < numel; ++i) {
     if constexpr (Options::momentum == Momentum::kNone) {
       T unused = 0;
@@ -28,17 +29,17 @@ SGDR_HD void convert_elements(const From* __restrict__ from, To* __restrict__ to
 }
 
 // Function templates whose bodies, and all that is inlined into them, are compiled for `target`.
-#define SGDR_INSTRUCTION_SET(name, target)                                                   \
-  struct name {                                                                              \
-    template <class Options, class T>                                                        \
-    target static void update(T* param, const T* grad, T* momentum_buffer, int64_t numel,    \
-                              const UpdateScalars<T>& scalars) {                             \
-      update_elements<Options>(param, grad, momentum_buffer, numel, scalars);                \
-    }                                                                                        \
-    template <class From, class To>                                                          \
-    target static void convert(const void* from, void* to, int64_t numel) {                  \
-      convert_elements(static_cast<const From*>(from), static_cast<To*>(to), numel);         \
-    }                                                                                        \
+#define SGDR_INSTRUCTION_SET(name, target)                                                \
+  struct name {                                                                           \
+    template <class Options, class T>                                                     \
+    target static void update(T* param, const T* grad, T* momentum_buffer, int64_t numel, \
+                              const UpdateScalars<T>& scalars) {                          \
+      update_elements<Options>(param, grad, momentum_buffer, numel, scalars);             \
+    }                                                                                     \
+    template <class From, class To>                                                       \
+    target static void convert(const void* from, void* to, int64_t numel) {               \
+      convert_elements(static_cast<const From*>(from), static_cast<To*>(to), numel);      \
+    }                                                                                     \
   };
 
 SGDR_INSTRUCTION_SET(Baseline, )
@@ -60,10 +61,11 @@ UpdateLoop<T> find_update_loop(const GroupStep& group, Momentum momentum) {
         group.weight_decay, [&](auto weight_decay) {
           return static_switch<Momentum::kNone, Momentum::kFirst, Momentum::kRunning>(
               momentum, [&](auto kind) {
-                return static_switch<false, true>(group.nesterov, [&](auto nesterov) -> UpdateLoop<T> {
-                  using Options = UpdateOptions<scale_grad, weight_decay, kind, nesterov>;
-                  return InstructionSet::template update<Options, T>;
-                });
+                return static_switch<false, true>(
+                    group.nesterov, [&](auto nesterov) -> UpdateLoop<T> {
+                      using Options = UpdateOptions<scale_grad, weight_decay, kind, nesterov>;
+                      return InstructionSet::template update<Options, T>;
+                    });
               });
         });
   });
@@ -79,7 +81,7 @@ ConvertLoop find_load_loop(ElementType stored) {
       return InstructionSet::template convert<double, T>;
     case ElementType::kHalf:
       return InstructionSet::template convert<c10::Half, T>;
-    case ElementType::kBFloat16:
+    default:
       break;
   }
   return InstructionSet::template convert<c10::BFloat16, T>;
@@ -94,7 +96,7 @@ ConvertLoop find_store_loop(ElementType stored) {
       return InstructionSet::template convert<T, double>;
     case ElementType::kHalf:
       return InstructionSet::template convert<T, c10::Half>;
-    case ElementType::kBFloat16:
+    default:
       break;
   }
   return InstructionSet::template convert<T, c10::BFloat16>;

@@ -201,13 +201,17 @@ def test_lazily_conjugated_gradient_is_read_as_its_conjugate(backend, dtype):
         assert_same(optimizer, ours, expected, theirs, f"after step {step}")
 
 
-def test_lazily_negated_gradient_is_read_as_its_negative(backend):
+@pytest.mark.parametrize(
+    "negated",
+    [lambda numbers: numbers.conj().imag, lambda numbers: torch._neg_view(numbers.real.clone())],
+    ids=["imaginary_part_of_conjugate", "contiguous"],
+)
+def test_lazily_negated_gradient_is_read_as_its_negative(backend, negated):
     """The imaginary part of a conjugate is a view with its sign still to be turned."""
     ours, theirs = make_params([33]), make_params([33])
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     for step in range(4):
-        numbers = draw([33], torch.complex64, torch.Generator().manual_seed(step))
-        ours[0].grad = numbers.conj().imag
+        ours[0].grad = negated(draw([33], torch.complex64, torch.Generator().manual_seed(step)))
         assert ours[0].grad.is_neg()
         theirs[0].grad = ours[0].grad.resolve_neg().contiguous()
         optimizer.step()

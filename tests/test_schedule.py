@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BACKENDS
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
@@ -70,7 +70,8 @@ def test_plain_python_advances_as_its_closed_form(schedule):
 def test_running_optimizer_may_start_anywhere(schedule, start):
     if native.extension is None:
         pytest.skip(native.why_missing)
-    # A cycle a step, for ever: the closed form walks over them.
+    assume(schedule.cycle_decay <= 1)  # or the peak of the thousandth cycle is infinite
+    # The closed form walks over cycles that are not all alike.
     optimizer = running(schedule, "native")
     start = start % 3000 if schedule.T_mult < 1.1 else start
     optimizer.seek(start)

@@ -4,8 +4,11 @@ Where the torch at hand still has the bug, the test shows it as well.
 """
 
 import math
+import os
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +185,56 @@ def test_dtensor_parameters_are_updated_shard_by_shard(backend, mesh):
         optimizer.step()
         pair.step()
         assert same_bits(ours.full_tensor().detach(), plain.detach()), f"step {step}"
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from pair import Pair, give_gradients, make_params, same_bits
+from sgdr_fused import FusedSGDR
+
+backend, rank, store = sys.argv[1], int(sys.argv[2]), dist.FileStore(sys.argv[3], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+(plain,) = make_params([(5, 6)])  # 3 rows for the one, 2 for the other
+ours = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
+options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "T_0": 3}
+optimizer, pair = FusedSGDR([ours], backend=backend, **options), Pair([plain], **options)
+for step in range(7):
+    give_gradients(step, [plain])
+    placement = [Shard(0), Replicate(), Shard(1)][step % 3]
+    ours.grad = distribute_tensor(plain.grad.clone(), mesh, [placement])
+    optimizer.step()
+    pair.step()
+    assert ours.to_local().shape == (3 - rank, 6)
+    assert same_bits(ours.full_tensor().detach(), plain.detach()), step
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_each_update_their_shard(backend, tmp_path):
+    """As above, where a shard is not the whole; its gradient comes in any placements."""
+    pytest.importorskip("torch.distributed.tensor")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, backend, str(rank), str(tmp_path / "store")],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
 
 
 def test_schedule_does_not_advance_on_a_skipped_step(backend):

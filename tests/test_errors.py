@@ -37,6 +37,8 @@ BAD_OPTIONS = [
     ("T_0", 2.5, "T_0=2.5"),
     ("T_0", True, "T_0=True"),
     ("T_0", "10", "T_0='10'"),
+    ("T_0", 2**53 + 1, f"T_0={2**53 + 1}"),
+    ("T_0", 2**70, f"T_0={2**70}"),
     ("T_mult", 0, "T_mult=0"),
     ("T_mult", 0.5, "T_mult=0.5"),
     ("T_mult", math.nan, "T_mult=nan"),
@@ -310,7 +312,6 @@ SCHEDULERS = {
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5),
     "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=10),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.1),
-    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o),
 }
 
 
@@ -357,10 +358,9 @@ def test_warm_up_cut_below_what_has_been_run_is_refused(backend):
         optimizer.step()
 
 
-@pytest.mark.parametrize("T_0", [2**62, 2**70])
-def test_endless_first_cycle_is_taken(backend, T_0):
+def test_endless_first_cycle_is_taken(backend):
     params = make_params([3])
-    optimizer = FusedSGDR(params, lr=0.1, T_0=T_0, backend=backend)
+    optimizer = FusedSGDR(params, lr=0.1, T_0=2**53, backend=backend)
     params[0].grad = draw([3], torch.float32, torch.Generator().manual_seed(0))
     optimizer.step()
     assert optimizer.get_last_lr() == [0.1]

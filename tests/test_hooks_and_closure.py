@@ -264,7 +264,12 @@ def test_every_write_is_seen_by_the_version_counter(backend, param):
         optimizer.step()
         assert param._version > version
         assert param.grad._version == grad_version
-    buffer = optimizer.state[param]["momentum_buffer"]
+
+
+def test_write_to_the_momentum_is_seen_by_its_version_counter(backend):
+    optimizer, params = make(backend)
+    optimizer.step()
+    buffer = optimizer.state[params[0]]["momentum_buffer"]
     version = buffer._version
     optimizer.step()
     assert buffer._version > version

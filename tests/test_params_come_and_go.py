@@ -301,6 +301,19 @@ def test_lr_set_by_hand_holds_for_one_step(backend):
         both.step()
 
 
+def test_lr_reduced_on_a_plateau_holds_for_one_step(backend):
+    """ReduceLROnPlateau sets the LR as a hand does, so it cannot be told apart and refused."""
+    both = SideBySide(backend)
+    both.step(times=2)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(both.optimizer, factor=0.5, patience=0)
+    plateau.step(1.0)
+    lr = both.optimizer.get_last_lr()[0]
+    plateau.step(2.0)
+    assert both.optimizer.get_last_lr() == [lr / 2]
+    both.pair.param_groups[0]["lr"] = lr / 2
+    both.step(times=2)
+
+
 def test_lr_set_by_hand_before_the_first_step_holds_for_it(backend):
     both = SideBySide(backend)
     for stepper, _ in both.sides:

@@ -1,0 +1,174 @@
+// What a launch takes along to the GPU, and how a step is divided among launches. Plain host code,
+// no CUDA types.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <span>
+
+#include "../sgdr_math.h"
+#include "../tensor_list.h"
+
+namespace sgdr {
+
+constexpr uint32_t kThreadsPerBlock = 256;
+// A multiple of the widest vector, so that a chunk is aligned where its tensor is.
+constexpr uint32_t kChunkNumel = 1 << 12;
+constexpr uint32_t kMaxPieceNumel = 1u << 31;
+
+// In device memory: what param_group["step"], ["cycle"], ["T_cur"], ["T_i"] and ["lr"] show.
+struct GroupState {
+  Position position;
+  double lr;
+};
+
+// kSchedule: an option of the schedule has changed since `GroupState::lr` was computed.
+enum class LrSource : uint8_t { kState, kSchedule };
+
+struct LaunchGroup {
+  Schedule schedule;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  GroupState* state;
+  uint8_t* first_step;   // device memory, for each parameter: its momentum buffer holds nothing yet
+  uint32_t param_count;  // of the whole group, with and without a gradient
+  WeightDecay decay;
+  LrSource lr_source;
+  bool has_momentum : 1;
+  bool nesterov : 1;
+  bool maximize : 1;
+  bool reset_momentum : 1;
+  bool advances;  // set by for_each_launch(): this is the launch with the last of its tensors
+};
+
+// A parameter, or a piece of one that has more than kMaxPieceNumel elements.
+struct LaunchTensor {
+  void* param;
+  const void* grad;
+  void* momentum_buffer;
+  uint32_t numel;
+  uint32_t first_chunk;  // among the launch's
+  uint32_t param_index;  // among its group's
+  uint16_t group;        // among the launch's
+  ElementType param_type : 4;
+  ElementType grad_type : 4;
+  ElementType momentum_type : 4;
+  bool completes_param : 1;  // no piece of the parameter comes after it
+};
+static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchGroup) == 120);
+
+// Travels by value, as the kernel's one argument. The tensors lie at the beginning of the payload,
+// the groups from its end backwards, for as many of both as there is room.
+struct LaunchArgs {
+  const float* grad_scale;  // device memory, or null
+  const float* found_inf;   // device memory, or null; not 0: the step is skipped
+  uint32_t* ticket;         // device memory, 0 before and after each launch
+  uint32_t tensor_count;
+  uint32_t group_count;
+  uint32_t chunk_count;
+  alignas(8) unsigned char payload[32720];
+
+  SGDR_HD const LaunchTensor& tensor(uint32_t i) const {
+    return reinterpret_cast<const LaunchTensor*>(payload)[i];
+  }
+  SGDR_HD const LaunchGroup& group(uint32_t i) const {
+    return reinterpret_cast<const LaunchGroup*>(payload + sizeof(payload))[-1 - int64_t{i}];
+  }
+};
+// More is not possible before CUDA 12.1, nor in any version since.
+static_assert(sizeof(LaunchArgs) <= 32764);
+
+// Fills a LaunchArgs; its pointers are set by the caller.
+class LaunchFiller {
+ public:
+  explicit LaunchFiller(LaunchArgs& args) : args_(args) { clear(); }
+
+  void clear() { args_.tensor_count = args_.group_count = args_.chunk_count = 0; }
+
+  bool has_room(size_t tensors, size_t groups) const {
+    return (args_.tensor_count + tensors) * sizeof(LaunchTensor) +
+               (args_.group_count + groups) * sizeof(LaunchGroup) <=
+           sizeof(args_.payload);
+  }
+
+  void add_group(const LaunchGroup& group) {
+    unsigned char* const end = args_.payload + sizeof(args_.payload);
+    last_group_ = new (end - (args_.group_count + 1) * sizeof(LaunchGroup)) LaunchGroup(group);
+    last_group_->advances = false;
+    ++args_.group_count;
+  }
+
+  // The group's tensors are all there.
+  void complete_group() { last_group_->advances = true; }
+
+  // Of the group that was added last: elements [begin, begin + numel).
+  void add_piece(const TensorEntry& entry, uint32_t param_index, int64_t begin, int64_t numel) {
+    const auto at = [begin](const void* memory, ElementType type) -> const void* {
+      const int64_t bytes = begin * static_cast<int64_t>(element_size(type));
+      return memory == nullptr ? nullptr : static_cast<const char*>(memory) + bytes;
+    };
+    auto& tensor = *new (args_.payload + args_.tensor_count * sizeof(LaunchTensor)) LaunchTensor;
+    tensor.param = const_cast<void*>(at(entry.param, entry.param_type));
+    tensor.grad = at(entry.grad, entry.grad_type);
+    tensor.momentum_buffer = const_cast<void*>(at(entry.momentum_buffer, entry.momentum_type));
+    tensor.numel = static_cast<uint32_t>(numel);
+    tensor.first_chunk = args_.chunk_count;
+    tensor.param_index = param_index;
+    tensor.group = static_cast<uint16_t>(args_.group_count - 1);
+    tensor.param_type = entry.param_type;
+    tensor.grad_type = entry.grad_type;
+    tensor.momentum_type = entry.momentum_type;
+    tensor.completes_param = begin + numel == entry.numel;
+    ++args_.tensor_count;
+    args_.chunk_count += static_cast<uint32_t>((numel + kChunkNumel - 1) / kChunkNumel);
+  }
+
+ private:
+  LaunchArgs& args_;
+  LaunchGroup* last_group_ = nullptr;
+};
+
+// Calls launch(args) as often as a step of all groups takes, with `args` filled anew each time. The
+// tensors come in the order of their groups; param_indices[i] is the place of tensors[i] in its
+// group.
+template <class Launch>
+void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
+                     std::span<const TensorEntry> tensors, std::span<const uint32_t> param_indices,
+                     Launch launch) {
+  LaunchFiller filler(args);
+  size_t next = 0;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    if (!filler.has_room(1, 1)) {
+      launch(args);
+      filler.clear();
+    }
+    filler.add_group(groups[i]);
+    for (; next < tensors.size() && tensors[next].group == i; ++next) {
+      const TensorEntry& entry = tensors[next];
+      int64_t begin = 0;
+      do {
+        if (!filler.has_room(1, 0)) {
+          launch(args);
+          filler.clear();
+          filler.add_group(groups[i]);
+        }
+        const int64_t numel = std::min<int64_t>(entry.numel - begin, kMaxPieceNumel);
+        filler.add_piece(entry, param_indices[next], begin, numel);
+        begin += numel;
+      } while (begin < entry.numel);
+    }
+    filler.complete_group();
+  }
+  if (args.group_count != 0) launch(args);
+}
+
+// A few blocks for each multiprocessor, which share the chunks; at least one, which advances the
+// schedule.
+inline uint32_t block_count(const LaunchArgs& args, uint32_t multiprocessors) {
+  return std::clamp(args.chunk_count, 1u, 8 * multiprocessors);
+}
+
+}  // namespace sgdr

@@ -3,12 +3,14 @@
 
 #include <type_traits>
 
+#include "sgdr_math.h"
+
 namespace sgdr {
 
 // Calls f(std::integral_constant<...>) for the one of `candidates` that equals `value`; the last
 // stands for the rest.
 template <auto candidate, auto... candidates, class T, class F>
-constexpr auto static_switch(T value, F f) {
+SGDR_HD constexpr auto static_switch(T value, F f) {
   if constexpr (sizeof...(candidates) == 0) {
     return f(std::integral_constant<T, candidate>{});
   } else {

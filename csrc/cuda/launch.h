@@ -13,7 +13,10 @@
 
 namespace sgdr {
 
+// Together they fill the smallest multiprocessor (compute capability 7.5) and leave 64 registers
+// for a thread on every larger one.
 constexpr uint32_t kThreadsPerBlock = 256;
+constexpr uint32_t kBlocksPerMultiprocessor = 4;
 // A multiple of the widest vector, so that a chunk is aligned where its tensor is.
 constexpr uint32_t kChunkNumel = 1 << 12;
 constexpr uint32_t kMaxPieceNumel = 1u << 31;
@@ -120,7 +123,8 @@ class LaunchFiller {
     tensor.group = static_cast<uint16_t>(args_.group_count - 1);
     tensor.param_type = entry.param_type;
     tensor.grad_type = entry.grad_type;
-    tensor.momentum_type = entry.momentum_type;
+    tensor.momentum_type =
+        entry.momentum_buffer == nullptr ? entry.param_type : entry.momentum_type;
     tensor.completes_param = begin + numel == entry.numel;
     ++args_.tensor_count;
     args_.chunk_count += static_cast<uint32_t>((numel + kChunkNumel - 1) / kChunkNumel);
@@ -165,10 +169,10 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
   if (args.group_count != 0) launch(args);
 }
 
-// A few blocks for each multiprocessor, which share the chunks; at least one, which advances the
+// No more blocks than run at once: they share the chunks. At least one, which advances the
 // schedule.
 inline uint32_t block_count(const LaunchArgs& args, uint32_t multiprocessors) {
-  return std::clamp(args.chunk_count, 1u, 8 * multiprocessors);
+  return std::clamp(args.chunk_count, 1u, kBlocksPerMultiprocessor * multiprocessors);
 }
 
 }  // namespace sgdr

@@ -44,7 +44,6 @@ struct Memory {
   __device__ __forceinline__ void load(uint32_t index, T (&values)[width]) const {
     with_type([&]<class stored_t>(std::type_identity<stored_t>) {
       const auto pack = reinterpret_cast<const Pack<stored_t, width>*>(address)[index];
-#pragma unroll
       for (uint32_t i = 0; i < width; ++i) values[i] = static_cast<T>(pack.elements[i]);
     });
   }
@@ -53,7 +52,6 @@ struct Memory {
   __device__ __forceinline__ void store(uint32_t index, const T (&values)[width]) const {
     with_type([&]<class stored_t>(std::type_identity<stored_t>) {
       Pack<stored_t, width> pack;
-#pragma unroll
       for (uint32_t i = 0; i < width; ++i) pack.elements[i] = static_cast<stored_t>(values[i]);
       reinterpret_cast<Pack<stored_t, width>*>(address)[index] = pack;
     });
@@ -118,10 +116,8 @@ __device__ __forceinline__ void update_pack(const Chunk<types>& chunk, uint32_t 
   T param[width], grad[width], momentum_buffer[width];
   chunk.param.load(index, param);
   chunk.grad.load(index, grad);
-#pragma unroll
   for (uint32_t i = 0; i < width; ++i) momentum_buffer[i] = T{-0.0};
   if (kHasMomentum && !chunk.first_step) chunk.momentum_buffer.load(index, momentum_buffer);
-#pragma unroll
   for (uint32_t i = 0; i < width; ++i)
     sgd_update<Options>(param[i], grad[i], momentum_buffer[i], scalars);
   chunk.param.store(index, param);

@@ -4,6 +4,9 @@ neither."""
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from setuptools import setup
 PACKAGE = Path(__file__).parent / "sgdr_fused"
 
 SOURCES = ["csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/cpu/fused_step.cpp"]
+CUDA_SOURCES = ["csrc/cuda/fused_step.cu"]
 
 # No fused multiply-add but those written out, see Note [Same bits everywhere] in csrc/sgdr_math.h.
 # What the other two give up (errno, floating-point traps) nobody reads, and the vectoriser needs
@@ -29,11 +33,62 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo"]
+NVCC_HOST_FLAGS = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+# Turing to Blackwell.
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def say(message: str) -> None:
     """Prints one line that survives pip's filtering in verbose mode."""
     print(f"sgdr_fused: {message}", file=sys.stderr)
+
+
+def find_cuda(torch_cuda: str | None) -> tuple[Path | None, str]:
+    """The CUDA toolkit to build the CUDA backend with; None and the reason where it is not built.
+
+    Whether this machine has a GPU plays no part. The environment variable SGDR_FUSED_CUDA=0 leaves
+    the CUDA backend out, and =1 makes it an error that it cannot be built.
+
+    Args:
+        torch_cuda: The CUDA version that torch was built for; None: no CUDA.
+    """
+    wanted = os.environ.get("SGDR_FUSED_CUDA", "")
+    if wanted == "0":
+        return None, "SGDR_FUSED_CUDA=0"
+    toolkit, why = _find_toolkit(torch_cuda)
+    if toolkit is None and wanted == "1":
+        raise RuntimeError(f"SGDR_FUSED_CUDA=1, but {why}")
+    return toolkit, why
+
+
+def _find_toolkit(torch_cuda: str | None) -> tuple[Path | None, str]:
+    if torch_cuda is None:
+        return None, "this torch is built without CUDA"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        return None, "there is no nvcc (set CUDA_HOME, or PATH)"
+    # Its own word for where it lives: the one on PATH may be a link or a script.
+    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    top = re.search(r"TOP=(.*)", dry_run.stderr)
+    release = re.search(r"release (\d+)\.(\d+)", version.stdout)
+    if top is None or release is None:
+        return None, f"{nvcc} does not run"
+    if release[1] != torch_cuda.partition(".")[0]:
+        return None, f"nvcc is of CUDA {release[1]}.{release[2]}, but torch of CUDA {torch_cuda}"
+    return Path(top[1]).resolve(), f"torch and nvcc are of CUDA {release[1]}"
+
+
+def cuda_architectures(toolkit: Path) -> str:
+    """Those that the toolkit knows, in torch's notation; what comes later compiles the PTX."""
+    nvcc = str(toolkit / "bin" / "nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    names = [f"compute_{a.replace('.', '')}" for a in CUDA_ARCHITECTURES]
+    pairs = zip(CUDA_ARCHITECTURES, names, strict=True)
+    return ";".join(a for a, name in pairs if name in known.stdout.split()) + "+PTX"
 
 
 def native_backend() -> dict[str, object]:
@@ -48,7 +103,12 @@ def native_backend() -> dict[str, object]:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+        toolkit, why = find_cuda(torch.version.cuda)
+        if toolkit is not None:
+            # Read when torch.utils.cpp_extension is imported.
+            os.environ["CUDA_HOME"] = str(toolkit)
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         if wanted == "1":
             raise
@@ -71,17 +131,35 @@ def native_backend() -> dict[str, object]:
                 say(
                     f"the native backend could not be built ({error}): installing the "
                     "reference path only"
+                    + ("; try SGDR_FUSED_CUDA=0" if toolkit is not None else "")
                 )
                 self.extensions = []
                 return
             folder = PACKAGE if self.inplace else Path(self.build_lib) / "sgdr_fused"
             (folder / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
 
-    say(f"building the CPU backend for torch {torch.__version__}")
-    flags = CXX_FLAGS + (["-Werror"] if os.environ.get("SGDR_FUSED_WERROR") == "1" else [])
-    extension = CppExtension("sgdr_fused._native", SOURCES, extra_compile_args={"cxx": flags})
+    werror = os.environ.get("SGDR_FUSED_WERROR") == "1"
+    flags = {"cxx": CXX_FLAGS + (["-Werror"] if werror else [])}
+    if toolkit is None:
+        say(f"building the CPU backend for torch {torch.__version__}; no CUDA backend: {why}")
+        extension = CppExtension("sgdr_fused._native", SOURCES, extra_compile_args=flags)
+    else:
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(toolkit)
+        say(
+            f"building the CPU and CUDA backends for torch {torch.__version__}: {why}; "
+            f"for compute capability {os.environ['TORCH_CUDA_ARCH_LIST']}"
+        )
+        host_flags = NVCC_HOST_FLAGS + (["-Werror"] if werror else [])
+        flags["nvcc"] = NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in host_flags]
+        flags = {compiler: [*of_it, "-DSGDR_WITH_CUDA"] for compiler, of_it in flags.items()}
+        extension = CUDAExtension(
+            "sgdr_fused._native", SOURCES + CUDA_SOURCES, extra_compile_args=flags
+        )
     # Their warnings are not ours.
-    extension.extra_compile_args["cxx"] += [f"-isystem{path}" for path in extension.include_dirs]
+    for of_compiler in flags.values():
+        for path in extension.include_dirs:
+            of_compiler += ["-isystem", path]
     extension.include_dirs = []
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 

@@ -7,9 +7,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   namespace py = pybind11;
   py::class_<sgdr::Stepper>(module, "Stepper", py::module_local())
       .def(py::init<py::function, py::function>(), py::arg("sync_group"), py::arg("local_tensor"))
-      .def("sync", &sgdr::Stepper::sync, py::arg("param_groups"))
+      .def("sync", &sgdr::Stepper::sync, py::arg("param_groups"), py::arg("state"))
       .def("step", &sgdr::Stepper::step, py::arg("param_groups"), py::arg("state"),
-           py::arg("grad_scale"));
+           py::arg("grad_scale"), py::arg("found_inf"));
+  module.attr("has_cuda") = sgdr::kHasCuda;
   module.def("is_profiling", [] {
     return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
   });

@@ -82,6 +82,16 @@ bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
+// Of a number, or a tensor of one element, which a GPU has to be waited for.
+double to_double(const py::object& value) { return py::float_(value).cast<double>(); }
+
+// The momentum buffer in the state of a parameter; null where it has none.
+const at::Tensor* buffer_in(PyObject* state_of_param) {
+  PyObject* stored =
+      state_of_param == nullptr ? nullptr : find_first(state_of_param, momentum_buffer());
+  return stored != nullptr && THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : nullptr;
+}
+
 ElementType element_type(const at::TensorImpl& tensor) {
   static constexpr auto kTypes = [] {
     std::array<ElementType, static_cast<size_t>(at::ScalarType::NumOptions)> types{};
@@ -133,14 +143,32 @@ inline __attribute__((always_inline)) char* data_of(const at::TensorImpl& tensor
          tensor.storage_offset() * static_cast<int64_t>(element_size);
 }
 
+// The one number that a tensor holds, on a GPU as the kernel reads it; undefined for None.
+at::Tensor float_on(const py::object& value, c10::Device device) {
+  if (value.is_none()) return {};
+  const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+  if (!THPVariable_Check(value.ptr())) return at::full({}, value.cast<double>(), options);
+  return THPVariable_Unpack(value.ptr()).to(options, /*non_blocking=*/true);
+}
+
 }  // namespace
 
+// Note [State on the GPU]
+// Where a group's schedule stands, its LR, and for each parameter whether its momentum buffer holds
+// nothing yet, are in the GPU's memory, and the kernel brings them up to date: the host does not
+// know whether a step was skipped, nor how often a graph was replayed. param_group["lr"], ["step"],
+// ["cycle"], ["T_cur"] and ["T_i"] are tensors that show this memory. What else is put there, or
+// into state as a momentum buffer, is written to the memory before the next launch; as a graph
+// would repeat that at each replay, it is an error while one is captured.
+
 Stepper::Stepper(py::function sync_group, py::function local_tensor)
-    : plain_keys_(plain_keys()),
+    : host_keys_(plain_keys()),
+      plain_keys_(host_keys_),
       sync_group_(std::move(sync_group)),
       local_tensor_(std::move(local_tensor)) {}
 
-bool Stepper::step(const py::list& param_groups, const py::dict& state, double grad_scale) {
+bool Stepper::step(const py::list& param_groups, const py::dict& state,
+                   const py::object& grad_scale, const py::object& found_inf) {
   if (is_stepping_)
     throw std::runtime_error("step() was called on an optimizer whose step() is still running");
   const struct Guard {
@@ -150,40 +178,125 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state, double g
       stepper.new_buffers_.clear();
       stepper.copy_back_.clear();
       stepper.kept_alive_.clear();
+      stepper.gpu_steps_.clear();
     }
     Stepper& stepper;
   } guard(*this);
   const at::NoGradGuard no_grad;
 
-  sync(param_groups);
+  if (!is_all_on_gpus_ && !found_inf.is_none() && to_double(found_inf) != 0) return true;
+  sync_groups(param_groups, state);
+  const double host_scale = is_all_on_gpus_ || grad_scale.is_none() ? 1.0 : to_double(grad_scale);
   group_steps_.clear();
   for (Group& group : groups_) {
-    group.update.scalars.grad_divisor = group.maximize ? -grad_scale : grad_scale;
+    group.update.scalars.grad_divisor = group.maximize ? -host_scale : host_scale;
     group_steps_.push_back(group.update);
   }
   if (!gather(state.ptr())) return false;
+  if (!gpu_steps_.empty()) run_on_gpus(grad_scale, found_inf);
   run();
   store_momentum_buffers(state);
   for (size_t i = 0; i < groups_.size(); ++i) {
+    if (groups_[i].on_gpu != nullptr) continue;
     advance_group(groups_[i], PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)),
                   state);
   }
   return true;
 }
 
-void Stepper::sync(const py::list& param_groups) {
-  groups_.resize(param_groups.size());
-  for (size_t i = 0; i < groups_.size(); ++i) {
-    PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
-    const Group& before = groups_[i];
-    if (before.items.matches(dict)) continue;
-    sync_group_(py::handle(dict),
-                before.items.empty() ? py::none() : before.items.value(before.lr_index));
-    groups_[i] = read_group(dict);
+void Stepper::sync(const py::list& param_groups, const py::dict& state) {
+  const at::NoGradGuard no_grad;
+  sync_groups(param_groups, state);
+  for (Group& group : groups_) {
+    if (group.on_gpu == nullptr) continue;
+    for (size_t i = 0; i < group.on_gpu->params.size(); ++i)
+      track(*group.on_gpu, i, find(state.ptr(), group.on_gpu->params[i].param.ptr()));
   }
 }
 
-Stepper::Group Stepper::read_group(PyObject* dict) {
+void Stepper::sync_groups(const py::list& param_groups, const py::dict& state) {
+  groups_.resize(param_groups.size());
+  is_all_on_gpus_ = !groups_.empty();
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
+    if (!groups_[i].items.matches(dict) || !groups_[i].is_where_its_params_are())
+      sync_group(groups_[i], dict, state);
+    is_all_on_gpus_ &= groups_[i].on_gpu != nullptr;
+  }
+}
+
+void Stepper::sync_group(Group& group, PyObject* dict, const py::dict& state) {
+  const py::object lr_before = group.items.empty() ? py::none() : group.items.value(group.lr_index);
+  const bool lr_is_by_hand = !get(dict, lr()).is(lr_before);
+  const py::object state_before = group.on_gpu == nullptr ? py::none() : group.on_gpu->device_state;
+  const py::object device_state = sync_group_(py::handle(dict), lr_before, state_before, state);
+  Group synced = read_group(dict, device_state.is_none());
+  if (device_state.is_none()) {
+  } else if (device_state.is(state_before)) {
+    synced.on_gpu = std::move(group.on_gpu);
+    synced.on_gpu->lr_source = lr_is_by_hand ? LrSource::kState : LrSource::kSchedule;
+  } else {
+    synced.on_gpu = std::make_unique<OnGpu>();
+    synced.on_gpu->device_state = device_state;
+    synced.on_gpu->memory = THPVariable_Unpack(device_state.attr("memory").ptr());
+    for (const py::handle param : py::list(device_state.attr("params"))) {
+      const at::Tensor* buffer = buffer_in(find(state.ptr(), param.ptr()));
+      synced.on_gpu->params.emplace_back(py::reinterpret_borrow<py::object>(param), buffer);
+    }
+  }
+  group = std::move(synced);
+}
+
+Stepper::Tracked::Tracked(py::object param, const at::Tensor* buffer)
+    : param(std::move(param)), momentum_buffer(at::Tensor().getIntrusivePtr()) {
+  if (buffer != nullptr) set(*buffer);
+}
+
+void Stepper::Tracked::set(const at::Tensor& buffer) {
+  momentum_buffer = decltype(momentum_buffer)(buffer.getIntrusivePtr());
+}
+
+bool Stepper::Tracked::is(const at::TensorImpl* buffer) const {
+  return momentum_buffer._unsafe_get_target() == buffer;
+}
+
+// Whether sync_group() would find the group's state where it should be.
+bool Stepper::Group::is_where_its_params_are() const {
+  PyObject* list = params();
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  const at::Tensor* first = nullptr;
+  if (size > 0 && THPVariable_Check(PyList_GET_ITEM(list, 0)))
+    first = &THPVariable_Unpack(PyList_GET_ITEM(list, 0));
+  if (on_gpu == nullptr) return !kHasCuda || first == nullptr || !first->is_cuda();
+  if (first == nullptr || first->device() != on_gpu->memory.device()) return false;
+  if (static_cast<size_t>(size) != on_gpu->params.size()) return false;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (on_gpu->params[static_cast<size_t>(i)].param.ptr() != PyList_GET_ITEM(list, i))
+      return false;
+  }
+  return true;
+}
+
+// Brings a parameter's first-step flag in line with the buffer in its state, if somebody else has
+// put it there or removed it.
+void Stepper::track(OnGpu& on_gpu, size_t index, PyObject* state_of_param) {
+  Tracked& tracked = on_gpu.params[index];
+  const at::Tensor* buffer = buffer_in(state_of_param);
+  const at::Tensor none;
+  if (buffer == nullptr) buffer = &none;
+  if (tracked.is(buffer->unsafeGetTensorImpl())) return;
+  if (is_capturing()) {
+    throw std::runtime_error(
+        "a momentum_buffer in the optimizer's state was set or removed since the last step; take "
+        "one step before the capture of a CUDA graph, which would repeat this at each replay");
+  }
+  on_gpu.memory.view(at::kByte)
+      .narrow(0, static_cast<int64_t>(sizeof(GroupMemory) + index), 1)
+      .fill_(buffer->defined() ? 0 : 1);
+  tracked.set(*buffer);
+}
+
+Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   Group group;
   const bool by_epoch = get(dict, anneal()).cast<std::string>() == "epoch";
   const int64_t epoch = integer(dict, steps_per_epoch());
@@ -197,12 +310,14 @@ Stepper::Group Stepper::read_group(PyObject* dict) {
                     .anneal_every = by_epoch ? epoch : 1,
                     .warmup_steps = integer(dict, warmup_steps()),
                     .n_cycles = end.is_none() ? kEndless : end.cast<int64_t>()};
-  group.position = {.step = integer(dict, sgdr::step()),
-                    .cycle = integer(dict, cycle()),
-                    .T_cur = integer(dict, T_cur()),
-                    .T_i = integer(dict, T_i())};
+  if (is_on_host) {
+    group.position = {.step = integer(dict, sgdr::step()),
+                      .cycle = integer(dict, cycle()),
+                      .T_cur = integer(dict, T_cur()),
+                      .T_i = integer(dict, T_i())};
+  }
   const double decay = number(dict, weight_decay());
-  group.update = {.scalars = {.lr = number(dict, lr()),
+  group.update = {.scalars = {.lr = is_on_host ? number(dict, lr()) : 0,
                               .momentum = number(dict, momentum()),
                               .dampening = number(dict, dampening()),
                               .weight_decay = decay,
@@ -267,6 +382,11 @@ bool Stepper::gather(PyObject* state) {
   size_t slot = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     PyObject* list = groups_[i].params();
+    if (groups_[i].on_gpu != nullptr) {
+      if (!gather_on_gpu(groups_[i], slot, state)) return false;
+      slot += static_cast<size_t>(PyList_GET_SIZE(list));
+      continue;
+    }
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j, ++slot) {
       if (slot >= slots_.size() || slots_[slot].param != PyList_GET_ITEM(list, j))
         find_slots(state);
@@ -275,6 +395,69 @@ bool Stepper::gather(PyObject* state) {
     }
   }
   return true;
+}
+
+bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
+  OnGpu& on_gpu = *group.on_gpu;
+  const bool capturing = is_capturing();
+  GpuStep& step = step_of_gpu(on_gpu.memory.device().index());
+  const auto index = static_cast<uint32_t>(step.groups.size());
+  auto* const memory = static_cast<char*>(on_gpu.memory.mutable_data_ptr());
+  step.groups.push_back({.schedule = group.schedule,
+                         .momentum = group.update.scalars.momentum,
+                         .dampening = group.update.scalars.dampening,
+                         .weight_decay = group.update.scalars.weight_decay,
+                         .state = reinterpret_cast<GroupState*>(memory),
+                         .first_step = reinterpret_cast<uint8_t*>(memory) + sizeof(GroupMemory),
+                         .param_count = static_cast<uint32_t>(on_gpu.params.size()),
+                         .decay = group.update.weight_decay,
+                         .lr_source = on_gpu.lr_source,
+                         .has_momentum = group.update.momentum,
+                         .nesterov = group.update.nesterov,
+                         .maximize = group.maximize,
+                         .reset_momentum = group.reset_momentum,
+                         .advances = false});
+
+  const struct Guard {
+    explicit Guard(Stepper& stepper) : stepper(stepper) {}
+    ~Guard() {
+      stepper.plain_keys_ = stepper.host_keys_;
+      stepper.device_ = at::kCPU;
+      stepper.gathered_ = &stepper.entries_;
+    }
+    Stepper& stepper;
+  } guard(*this);
+  plain_keys_ = on_gpu.memory.key_set();
+  device_ = on_gpu.memory.device();
+  gathered_ = &step.tensors;
+
+  for (size_t i = 0; i < on_gpu.params.size(); ++i, ++slot) {
+    PyObject* param = on_gpu.params[i].param.ptr();
+    if (slot >= slots_.size() || slots_[slot].param != param) find_slots(state);
+    if (group.update.momentum) track(on_gpu, i, slots_[slot].state);
+    const size_t gathered = operands_.size();
+    const size_t created = new_buffers_.size();
+    if (!gather_param(group, index, slots_[slot])) return false;
+    if (operands_.size() == gathered) continue;
+    for (const at::TensorImpl* tensor :
+         {operands_.back().param, operands_.back().grad, operands_.back().momentum_buffer}) {
+      if (tensor != nullptr && tensor->device() != device_) return false;
+    }
+    step.param_indices.push_back(static_cast<uint32_t>(i));
+    if (new_buffers_.size() == created) continue;
+    new_buffers_.back().tracked = &on_gpu.params[i];
+    // For whoever looks at it after a skipped step. The kernel goes by the flag, and a graph would
+    // repeat this.
+    if (!capturing) new_buffers_.back().momentum_buffer.zero_();
+  }
+  return true;
+}
+
+Stepper::GpuStep& Stepper::step_of_gpu(c10::DeviceIndex gpu) {
+  for (GpuStep& step : gpu_steps_) {
+    if (step.gpu == gpu) return step;
+  }
+  return gpu_steps_.emplace_back(GpuStep{gpu, {}, {}, {}});
 }
 
 bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
@@ -293,7 +476,7 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
     } else {
       const c10::InferenceMode off(false);
       new_buffer = at::empty_like(param);
-      new_buffers_.push_back({slot.param, new_buffer});
+      new_buffers_.push_back({slot.param, new_buffer, nullptr});
     }
   }
 
@@ -322,7 +505,7 @@ bool Stepper::add_entry(uint32_t group, bool first_step, const at::Tensor& param
   if (buffer_impl != nullptr && (!is_plain(*buffer_impl) || !is_alike(*param_impl, *buffer_impl)))
     return false;
 
-  entries_.push_back(
+  gathered_->push_back(
       {.param = data_of(*param_impl, true, element_size(param_type)),
        .grad = data_of(*grad_impl, false, element_size(grad_type)),
        .momentum_buffer = buffer_impl == nullptr
@@ -373,7 +556,7 @@ at::Tensor Stepper::to_plain(const at::Tensor& tensor, const at::Tensor& param) 
     if (local.is_none()) return {};
     plain = THPVariable_Unpack(local.ptr());
   }
-  if (!plain.device().is_cpu() || plain.layout() != at::kStrided) return {};
+  if (plain.device() != device_ || plain.layout() != at::kStrided) return {};
   plain = plain.resolve_conj().resolve_neg();
   if (plain.is_complex()) plain = at::view_as_real(plain);
   kept_alive_.push_back(plain);
@@ -393,9 +576,32 @@ at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& oth
   return copy;
 }
 
+void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_inf) {
+  const bool capturing = is_capturing();
+  for (const GpuStep& step : gpu_steps_) {
+    const c10::Device device(at::kCUDA, step.gpu);
+    const c10::DeviceGuard guard(device);
+    const at::Tensor scale = float_on(grad_scale, device);
+    const at::Tensor inf = float_on(found_inf, device);
+    fused_step_cuda(step.gpu,
+                    {.groups = step.groups,
+                     .tensors = step.tensors,
+                     .param_indices = step.param_indices,
+                     .grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+                     .found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr});
+  }
+  // The kernel has written the new LR, unless the step was skipped or is yet to be replayed.
+  if (capturing || !found_inf.is_none()) return;
+  for (Group& group : groups_) {
+    if (group.on_gpu != nullptr) group.on_gpu->lr_source = LrSource::kState;
+  }
+}
+
 void Stepper::run() {
   const FusedStep fused_step{.tensors = entries_, .groups = group_steps_, .numel = numel_};
-  if (!is_worth_threads(fused_step)) {
+  if (entries_.empty()) {
+    // They are all on GPUs.
+  } else if (!is_worth_threads(fused_step)) {
     fused_step_cpu(fused_step);
   } else {
     for (const Operands& operands : operands_) {
@@ -422,6 +628,7 @@ void Stepper::store_momentum_buffers(const py::dict& state) {
         py::reinterpret_steal<py::object>(THPVariable_Wrap(created.momentum_buffer));
     const py::object of_param = state[py::handle(created.param)];
     of_param[py::handle(momentum_buffer())] = buffer;
+    if (created.tracked != nullptr) created.tracked->set(created.momentum_buffer);
   }
 }
 

@@ -24,7 +24,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     """
     schedule = CosineWarmRestarts.of_group(group)
     lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
-    if not _is_finite(lr) or lr < 0:
+    # A tensor is what a GPU keeps, see device_state.py; a look at it would wait for the GPU.
+    if not isinstance(lr, Tensor) and (not _is_finite(lr) or lr < 0):
         raise ValueError(f"Invalid learning rate: {lr!r}; lr must be a finite float >= 0")
     if not _is_finite(momentum) or momentum < 0:
         raise ValueError(
@@ -45,11 +46,13 @@ def check_group(group: Mapping[str, Any]) -> None:
             f"but got momentum={momentum}, dampening={dampening}"
         )
     for name, least in (("step", 0), ("cycle", 0), ("T_cur", -math.inf), ("T_i", 1)):
+        if isinstance(group[name], Tensor):
+            continue
         if type(group[name]) is not int or group[name] < least:
             raise ValueError(
                 f"{name}={group[name]!r} is no place in a schedule; call seek() to set it"
             )
-    if group["T_cur"] < -schedule.warmup_steps:
+    if not isinstance(group["T_cur"], Tensor) and group["T_cur"] < -schedule.warmup_steps:
         raise ValueError(
             f"warmup_steps={schedule.warmup_steps} is less than the {-group['T_cur']} steps "
             "of warm-up that are still to run; call seek() to leave the warm-up"
@@ -57,8 +60,8 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def position_of(group: Mapping[str, Any]) -> Position:
-    """Where a group's schedule stands."""
-    return Position(*(group[name] for name in Position._fields))
+    """Where a group's schedule stands, as numbers."""
+    return Position(*(_number(group[name]) for name in Position._fields))
 
 
 def move_group(group: MutableMapping[str, Any], position: Position) -> None:
@@ -73,7 +76,7 @@ def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) 
             state[param].pop("momentum_buffer", None)
 
 
-def sync_group(group: MutableMapping[str, Any], lr_before: float | None) -> None:
+def sync_group(group: MutableMapping[str, Any], lr_before: object) -> None:
     """Takes a change of a group's options over; called before the first step that sees it.
 
     Args:
@@ -90,6 +93,10 @@ def sync_group(group: MutableMapping[str, Any], lr_before: float | None) -> None
     check_group(group)
     if group["lr"] is lr_before:
         move_group(group, position_of(group))
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _is_finite(value: object) -> bool:

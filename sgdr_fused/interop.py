@@ -60,6 +60,7 @@ def from_pair(
             buffer = sgd.state.get(param, {}).get("momentum_buffer")
             if buffer is not None:
                 optimizer.state[param]["momentum_buffer"] = buffer
+    optimizer._sync()
     return optimizer
 
 
@@ -85,8 +86,9 @@ def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -
 
 def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmRestarts]:
     """See :meth:`FusedSGDR.to_pair`."""
-    first = optimizer.param_groups[0]
-    for i, group in enumerate(optimizer.param_groups):
+    groups, state = optimizer._on_host()
+    first = groups[0]
+    for i, group in enumerate(groups):
         _check_expressible(group, first, i)
 
     # In the scheduler's unit: calls of scheduler.step().
@@ -94,10 +96,8 @@ def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmR
     per_call = epoch if first["anneal"] == "epoch" else 1
     position = position_of(first)
     names = ("params", "param_names", *_SHARED, "initial_lr")
-    sgd = torch.optim.SGD(
-        [{name: g[name] for name in names if name in g} for g in optimizer.param_groups]
-    )
-    lrs = optimizer.get_last_lr()
+    sgd = torch.optim.SGD([{name: g[name] for name in names if name in g} for g in groups])
+    lrs = [group["lr"] for group in groups]
     scheduler = CosineAnnealingWarmRestarts(
         sgd,
         T_0=first["T_0"] * epoch // per_call,
@@ -114,7 +114,7 @@ def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmR
     )
     for group, lr in zip(sgd.param_groups, lrs, strict=True):
         group["lr"] = lr
-    for param, of_param in optimizer.state.items():
+    for param, of_param in state.items():
         if "momentum_buffer" in of_param:
             sgd.state[param]["momentum_buffer"] = of_param["momentum_buffer"]
     return sgd, scheduler

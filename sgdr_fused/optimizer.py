@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,14 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from sgdr_fused import interop, native
-from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of, sync_group
+from sgdr_fused.device_state import (
+    DeviceState,
+    host_copy,
+    sync_group_on_device,
+    sync_group_on_host,
+    to_host,
+)
+from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of
 from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position
 from sgdr_fused.tensors import check_tensors, kinds_of_tensors, local_tensor, named_params
@@ -168,13 +175,10 @@ class FusedSGDR(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         amp = self.__dict__
-        found_inf = amp.get("found_inf")
-        if found_inf is not None and found_inf.item() != 0:
-            return loss
-        grad_scale = amp.get("grad_scale")
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        if not self._stepper.step(self.param_groups, self.state, scale):
-            self._fall_back(scale)
+        arguments = self.param_groups, self.state, amp.get("grad_scale"), amp.get("found_inf")
+        if not self._stepper.step(*arguments):
+            self._fall_back()
+            self._stepper.step(*arguments)
         return loss
 
     # torch's own wrapper: the profiler range and the hooks.
@@ -197,8 +201,8 @@ class FusedSGDR(Optimizer):
         # to see them: _is_observed.
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
-    def _fall_back(self, grad_scale: float) -> None:
-        """Takes the step by the reference path, this one and all later ones."""
+    def _fall_back(self) -> None:
+        """Takes the reference path from here on."""
         check_tensors(self.param_groups, self.state)
         reason = (
             "the native step does not take a device, dtype or tensor subclass in use: "
@@ -206,15 +210,19 @@ class FusedSGDR(Optimizer):
         )
         if self.backend == "native":
             raise RuntimeError(f'backend="native" cannot take this step: {reason}')
+        to_host(self.param_groups, self.state)
         self._stepper = ReferenceStepper(_SLOWER + reason)
-        self._stepper.step(self.param_groups, self.state, grad_scale)
 
     def _new_stepper(self) -> Any:
         if self.backend == "reference":
             return ReferenceStepper()
         if native.extension is None:
             return ReferenceStepper(_SLOWER + native.why_missing)
-        return native.extension.Stepper(sync_group, local_tensor)
+        sync = sync_group_on_device if native.extension.has_cuda else sync_group_on_host
+        return native.extension.Stepper(sync, local_tensor)
+
+    def _sync(self) -> None:
+        self._stepper.sync(self.param_groups, self.state)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses the wrapper by which a torch LR scheduler attaches itself to ``step``."""
@@ -257,10 +265,15 @@ class FusedSGDR(Optimizer):
         groups = self.param_groups if group is None else [self.param_groups[group]]
         starts = [CosineWarmRestarts.of_group(g).restart(position_of(g)) for g in groups]
         for param_group, start in zip(groups, starts, strict=True):
+            device_state = DeviceState.of(param_group)
             move_group(param_group, start)
-            if param_group["reset_momentum"]:
+            if not param_group["reset_momentum"]:
+                continue
+            if device_state is None:
                 drop_momentum(param_group, self.state)
-        self._stepper.sync(self.param_groups)
+            else:
+                device_state.first_step.fill_(1)
+        self._sync()
 
     def seek(self, step: int) -> None:
         """Jump every group's schedule to a step, as if that many had been applied; momentum stays
@@ -276,7 +289,7 @@ class FusedSGDR(Optimizer):
         positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
         for group, position in zip(self.param_groups, positions, strict=True):
             move_group(group, position)
-        self._stepper.sync(self.param_groups)
+        self._sync()
 
     # -----------------------------------------------------------------------------------------
     # state
@@ -305,7 +318,7 @@ class FusedSGDR(Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-        self._stepper.sync(self.param_groups)
+        self._sync()
 
     def _joining_position(self, group: dict[str, Any]) -> Position:
         schedule = CosineWarmRestarts.of_group(group)
@@ -318,11 +331,44 @@ class FusedSGDR(Optimizer):
             == schedule
         ):
             return position_of(first)
-        return schedule.position(first["step"])
+        return schedule.position(position_of(first).step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain numbers and tensors, to be loaded on any device.
+
+        Returns:
+            As of any torch optimizer; ``param_groups`` say where the schedule stands.
+        """
+        packed = super().state_dict()
+        if not self._is_on_device():
+            return packed
+        groups, state = self._on_host()
+        params = [param for group in groups for param in group["params"]]
+        for own, group in zip(groups, packed["param_groups"], strict=True):
+            group.update({name: own[name] for name in group if name != "params"})
+        for index in packed["state"]:
+            if isinstance(index, int):
+                packed["state"][index] = state[params[index]]
+        return packed
+
+    def _is_on_device(self) -> bool:
+        return any(isinstance(group["step"], Tensor) for group in self.param_groups)
+
+    def _on_host(self) -> tuple[list[dict[str, Any]], Mapping[Tensor, Any]]:
+        """The groups with numbers, and the state without buffers that hold nothing."""
+        if not self._is_on_device():
+            return self.param_groups, self.state
+        self._sync()
+        return host_copy(self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
-        return super().__getstate__() | {"backend": self.backend}
+        groups, state = self._on_host()
+        return super().__getstate__() | {
+            "backend": self.backend,
+            "param_groups": groups,
+            "state": state,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state over, from pickle or ``load_state_dict``; an error changes nothing."""
@@ -331,7 +377,7 @@ class FusedSGDR(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
         self._stepper = self._new_stepper()
-        self._stepper.sync(self.param_groups)
+        self._sync()
 
     def _adopted(self, loaded: dict[str, Any]) -> dict[str, Any]:
         """A loaded state, checked, and completed from our own groups where it is an SGD's."""
@@ -343,6 +389,7 @@ class FusedSGDR(Optimizer):
             group.setdefault("initial_lr", group.get("lr", own["initial_lr"]))
             is_ours = all(name in group for name in Position._fields)
             group = {key: value for key, value in own.items() if key != "lr"} | group
+            group |= position_of(group)._asdict()
             try:
                 group["initial_lr"] = float(group["initial_lr"])
                 check_group(group)

@@ -28,11 +28,16 @@ class ReferenceStepper:
         self._warning = warning
         self._groups_before: list[dict[str, Any]] = []
 
-    def sync(self, param_groups: Sequence[MutableMapping[str, Any]]) -> None:
+    def sync(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+    ) -> None:
         """Takes over what has changed in the groups since they were last seen.
 
         Args:
             param_groups: The optimizer's.
+            state: The optimizer's.
 
         Raises:
             ValueError: An option is out of its range.
@@ -48,14 +53,16 @@ class ReferenceStepper:
         self,
         param_groups: Sequence[MutableMapping[str, Any]],
         state: MutableMapping[Tensor, Any],
-        grad_scale: float,
+        grad_scale: float | Tensor | None,
+        found_inf: float | Tensor | None,
     ) -> bool:
         """Takes changed options over, then takes the step.
 
         Args:
             param_groups: The optimizer's.
             state: The optimizer's.
-            grad_scale: What the gradients were multiplied by.
+            grad_scale: What the gradients were multiplied by; None: by nothing.
+            found_inf: Not 0: the step is skipped.
 
         Returns:
             True: the reference takes every step, or raises.
@@ -64,11 +71,13 @@ class ReferenceStepper:
             ValueError: An option, gradient or buffer is not valid; nothing was written.
             RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
         """
-        self.sync(param_groups)
+        if found_inf is not None and float(found_inf) != 0:
+            return True
+        self.sync(param_groups, state)
         if self._warning:
             warnings.warn(self._warning, stacklevel=_frames_to_caller())
             self._warning = ""
-        reference_step(param_groups, state, grad_scale)
+        reference_step(param_groups, state, 1.0 if grad_scale is None else float(grad_scale))
         self._groups_before = [dict(group) for group in param_groups]
         return True
 

@@ -307,11 +307,25 @@ __device__ __forceinline__ void finish_step(const LaunchArgs& args) {
   }
 }
 
+// Of a skipped step only the LR of a changed schedule remains: the next launch will not know of the
+// change.
+__device__ __forceinline__ void skip_step(const LaunchArgs& args) {
+  if (blockIdx.x != 0) return;
+  for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
+    const LaunchGroup& group = args.group(i);
+    if (group.lr_source == LrSource::kSchedule)
+      group.state->lr = learning_rate(group.schedule, group.state->position);
+  }
+}
+
 }  // namespace cuda
 
 __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerMultiprocessor)
     fused_step_kernel(const __grid_constant__ LaunchArgs args) {
-  if (args.found_inf != nullptr && *args.found_inf != 0) return;
+  if (args.found_inf != nullptr && *args.found_inf != 0) {
+    cuda::skip_step(args);
+    return;
+  }
   cuda::update_chunks(args);
   if (cuda::is_last_block(args.ticket)) cuda::finish_step(args);
 }

@@ -1,5 +1,5 @@
-// Runs the kernel under the shim: kernel_main CASE RESULT. What the two files hold is written down in
-// kernel_cases.py.
+// Runs the kernel under the shim: kernel_main CASE RESULT. What the two files hold is written down
+// in kernel_cases.py.
 #include <fstream>
 #include <iostream>
 
@@ -105,7 +105,7 @@ void run(Reader& in, std::ostream& out) {
     out.write(static_cast<const char*>(from), static_cast<std::streamsize>(count));
   };
   shim::config.seed = in.get<uint32_t>();
-  const auto multiprocessors = in.get<uint32_t>();
+  const auto multiprocessors = in.get<uint32_t>(), threads = in.get<uint32_t>();
   std::vector<GroupState> states(in.get<uint32_t>());
   std::vector<std::vector<uint8_t>> flags(states.size());
   for (size_t i = 0; i < states.size(); ++i) {
@@ -157,8 +157,7 @@ void run(Reader& in, std::ostream& out) {
     args.ticket = &ticket;
     for_each_launch(args, groups, entries, param_indices, [&](const LaunchArgs& filled) {
       ++launches;
-      shim::launch(&fused_step_kernel, block_count(filled, multiprocessors), kThreadsPerBlock, 0,
-                   filled);
+      shim::launch(&fused_step_kernel, block_count(filled, multiprocessors), threads, 0, filled);
     });
 
     write(&launches, sizeof launches);

@@ -1,0 +1,238 @@
+"""Runs the kernel under the shim beside the reference, and compares them bit for bit.
+
+A case is what happened to an optimizer, step by step. `kernel_main.cpp` reads it from a file, does
+the same by the kernel, and writes down what came of it after each step.
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgdr_fused import FusedSGDR
+from sgdr_fused.groups import position_of, sync_group
+from sgdr_fused.reference import reference_step
+
+TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as in ElementType
+ENDLESS = 2**63 - 1
+
+
+def values(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Random numbers with all kinds of zero and nearly zero among them."""
+    x = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for place, special in enumerate((0.0, -0.0, 1e-40, -1e-40, 1e-7)):
+        x[1 + place :: 11] = special
+    return x.to(dtype)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The tensor's elements as bytes."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@dataclass
+class Outcome:
+    """What a step left behind: a name for each number or tensor, and its bytes."""
+
+    parts: list[tuple[str, bytes | int]] = field(default_factory=list)  # int: that many, unknown
+
+    def add(self, name: str, content: bytes | int) -> None:
+        """The next bytes of the result file; a number says how many are not looked at."""
+        self.parts.append((name, content))
+
+
+class Case:
+    """An optimizer whose steps are taken by the reference and noted down for the kernel.
+
+    Args:
+        groups: Param groups; each has what FusedSGDR takes.
+        offsets: For parameter number i: by how many bytes its memory, its gradient's and its
+            buffer's are off the alignment.
+        grad_dtypes: For parameter number i, if not its own.
+        momentum_dtypes: For parameter number i, of a buffer that is there from the start.
+        multiprocessors: For which the grid is chosen.
+        threads: Of a block; fewer than on a GPU are faster here.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        *,
+        offsets: Callable[[int], Sequence[int]] = lambda i: (0, 0, 0),
+        grad_dtypes: Sequence[torch.dtype] | None = None,
+        momentum_dtypes: Sequence[torch.dtype] | None = None,
+        multiprocessors: int = 1,
+        threads: int = 64,
+    ) -> None:
+        options = {"lr": 0.1, "T_0": 5, "T_mult": 2}
+        self.optimizer = FusedSGDR([options | group for group in groups], **options)
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._steps: list[bytes] = []
+        self._outcomes: list[Outcome] = []
+        self.launches: list[int] = []
+        self._grid = (multiprocessors, threads)
+        for i, dtype in enumerate(momentum_dtypes or []):
+            buffer = values(self.params[i].numel(), dtype, 77 + i)
+            self.optimizer.state[self.params[i]]["momentum_buffer"] = buffer
+        self._options_before = [self._schedule(group) for group in self.optimizer.param_groups]
+        self._lr_before = [group["lr"] for group in self.optimizer.param_groups]
+        self._grad_dtypes = list(grad_dtypes or [param.dtype for param in self.params])
+        self._start = self._header(offsets)
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        *,
+        grad_scale: float | None = None,
+        found_inf: float | None = None,
+    ) -> None:
+        """One step, of which param_groups may have been changed before."""
+        step = [struct.pack("<BfBf", grad_scale is not None, grad_scale or 0,
+                            found_inf is not None, found_inf or 0)]  # fmt: skip
+        for i, group in enumerate(self.optimizer.param_groups):
+            is_set = group["lr"] is not self._lr_before[i]
+            anew = self._schedule(group) != self._options_before[i] and not is_set
+            if anew:
+                sync_group(group, group["lr"])
+            step.append(self._schedule(group))
+            decay = 0 if group["weight_decay"] == 0 else 2 if group["decoupled_weight_decay"] else 1
+            step.append(
+                struct.pack(
+                    "<3d5B",
+                    *(group["momentum"], group["dampening"], group["weight_decay"]),
+                    *(decay, anew, group["nesterov"], group["maximize"], group["reset_momentum"]),
+                )
+            )
+            step.append(struct.pack("<Bd", 1, group["lr"]) if is_set else b"\0")
+        for param, grad in zip(self.params, grads, strict=True):
+            step.append(b"\0" if grad is None else b"\1" + raw(grad))
+            param.grad_dtype = None
+            param.grad = grad
+        self._steps.append(b"".join(step))
+        if not found_inf:
+            reference_step(
+                self.optimizer.param_groups,
+                self.optimizer.state,
+                1.0 if grad_scale is None else grad_scale,
+            )
+        self._options_before = [self._schedule(group) for group in self.optimizer.param_groups]
+        self._lr_before = [group["lr"] for group in self.optimizer.param_groups]
+        self._outcomes.append(self._outcome())
+
+    def steps(self, count: int, **options: Any) -> None:
+        """As many steps in which every parameter has a gradient."""
+        for _ in range(count):
+            self.step(self.some_grads(), **options)
+
+    def some_grads(self) -> list[Tensor]:
+        """A fresh gradient for each parameter."""
+        seed = 1000 * (len(self._steps) + 1)
+        return [
+            values(p.numel(), self._grad_dtypes[i], seed + i) for i, p in enumerate(self.params)
+        ]
+
+    def difference(
+        self,
+        program: Path,
+        folder: Path,
+        *,
+        seed: int = 1,
+    ) -> str:
+        """Lets the kernel do the same; empty if the result is the same, bit for bit.
+
+        Else the first difference, or what the sanitizers said.
+        """
+        case, result = folder / "case", folder / "result"
+        with case.open("wb") as file:
+            file.write(struct.pack("<3I", seed, *self._grid))
+            file.write(self._start + struct.pack("<I", len(self._steps)))
+            file.writelines(self._steps)
+        ran = subprocess.run(
+            [str(program), str(case), str(result)], capture_output=True, text=True, timeout=300
+        )
+        if ran.returncode != 0:
+            return f"exit status {ran.returncode}\n{ran.stdout}{ran.stderr}"
+        return self._compare(result.read_bytes())
+
+    def _compare(self, found: bytes) -> str:
+        at = 0
+        self.launches = []
+        for number, outcome in enumerate(self._outcomes):
+            self.launches.append(struct.unpack_from("<I", found, at)[0])
+            at += 4
+            for name, content in outcome.parts:
+                if isinstance(content, int):
+                    at += content
+                    continue
+                if found[at : at + len(content)] != content:
+                    return f"step {number}: {name} differs"
+                at += len(content)
+        return "" if at == len(found) else "the result has another length"
+
+    def _header(
+        self,
+        offsets: Callable[[int], Sequence[int]],
+    ) -> bytes:
+        header = [struct.pack("<I", len(self.optimizer.param_groups))]
+        for group in self.optimizer.param_groups:
+            header.append(struct.pack("<4qd", *position_of(group), group["lr"]))
+            header.append(struct.pack("<I", len(group["params"])) + self._flags(group))
+        header.append(struct.pack("<I", len(self.params)))
+        number = 0
+        for g, group in enumerate(self.optimizer.param_groups):
+            for index, param in enumerate(group["params"]):
+                buffer = self.optimizer.state[param].get("momentum_buffer")
+                grad_type = self._grad_dtypes[number]
+                momentum_type = param.dtype if buffer is None else buffer.dtype
+                types = [TYPES.index(t) for t in (param.dtype, grad_type, momentum_type)]
+                header.append(struct.pack("<3I6B", g, index, param.numel(), *types,
+                                          *offsets(number)))  # fmt: skip
+                header.append(raw(param))
+                header.append(b"\0" if buffer is None else b"\1" + raw(buffer))
+                number += 1
+        return b"".join(header)
+
+    def _outcome(self) -> Outcome:
+        outcome = Outcome()
+        outcome.add("the ticket", bytes(4))
+        for g, group in enumerate(self.optimizer.param_groups):
+            outcome.add(f"the position of group {g}", struct.pack("<4q", *position_of(group)))
+            outcome.add(f"the LR of group {g}", struct.pack("<d", group["lr"]))
+            outcome.add(f"the first-step flags of group {g}", self._flags(group))
+        for i, param in enumerate(self.params):
+            outcome.add(f"parameter {i}", raw(param))
+            buffer = self.optimizer.state[param].get("momentum_buffer")
+            unknown = param.numel() * param.element_size()
+            outcome.add(f"momentum buffer {i}", unknown if buffer is None else raw(buffer))
+        return outcome
+
+    def _flags(self, group: dict[str, Any]) -> bytes:
+        state = self.optimizer.state
+        return bytes("momentum_buffer" not in state[param] for param in group["params"])
+
+    @staticmethod
+    def _schedule(group: dict[str, Any]) -> bytes:
+        epoch = group["steps_per_epoch"]
+        return struct.pack(
+            "<5d4q",
+            *(group["initial_lr"], group["eta_min"], group["T_mult"], group["cycle_decay"]),
+            group["warmup_start_lr"],
+            group["T_0"] * epoch,
+            epoch if group["anneal"] == "epoch" else 1,
+            group["warmup_steps"],
+            ENDLESS if group["n_cycles"] is None else group["n_cycles"],
+        )
+
+
+def params(
+    sizes: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Parameters of these sizes."""
+    return [torch.nn.Parameter(values(n, dtype, seed + i)) for i, n in enumerate(sizes)]

@@ -1,0 +1,123 @@
+"""The whole CUDA path, from FusedSGDR to the kernel, on the fake CUDA runtime."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import pytest
+from fake_cuda import FOLDER, REPOSITORY, host_kernels, python, report, require_cuda_torch, run
+
+TESTS = REPOSITORY / "tests"
+
+
+def _names() -> tuple[list[str], list[str]]:
+    """The scenarios' names, and of those that need no graph. This Python's torch may be another."""
+    tree = ast.parse((TESTS / "cuda_scenarios.py").read_text())
+    names = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "scenario" for d in node.decorator_list)
+    ]
+    return names, [name for name in names if "graph" not in name]
+
+
+ALL, NO_GRAPH = _names()
+
+RUN_SCENARIOS = """
+import sys, traceback
+import runtime_log as log
+import cuda_scenarios
+for name in sys.argv[1:]:
+    try:
+        getattr(cuda_scenarios, name)()
+        log.report(**{name: ""})
+    except Exception:
+        log.report(**{name: traceback.format_exc()})
+"""
+
+
+def options(**more: Any) -> dict[str, Any]:
+    """How scripts are run that use FusedSGDR's CUDA backend."""
+    require_cuda_torch()
+    return {
+        "kernels": [host_kernels(FOLDER / "step_host_kernels.cpp")],
+        "environment": {"PYTHONPATH": f"{FOLDER}:{TESTS}:{REPOSITORY}"},
+        "timeout": 400,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built_for_cuda() -> None:
+    require_cuda_torch()
+    check = "from sgdr_fused.native import extension as e; exit(e is None or not e.has_cuda)"
+    if run(check, **options()).returncode != 0:
+        pytest.skip(f"the extension of {python()} is built without its CUDA backend")
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, str]:
+    return report(RUN_SCENARIOS, *ALL, **options())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_gpu_does_what_the_cpu_does(errors: dict[str, str], name: str) -> None:
+    assert errors[name] == ""
+
+
+@pytest.fixture(scope="module")
+def errors_guarded() -> dict[str, str]:
+    names = [name for name in NO_GRAPH if name != "two_thousand_tensors"]
+    return report(RUN_SCENARIOS, *names, **options(guard=True, seed=2))
+
+
+@pytest.mark.parametrize("name", [name for name in NO_GRAPH if name != "two_thousand_tensors"])
+def test_no_access_out_of_bounds(errors_guarded: dict[str, str], name: str) -> None:
+    assert errors_guarded[name] == ""
+
+
+@pytest.fixture(scope="module")
+def errors_deferred() -> dict[str, str]:
+    names = ["eager", "options_change_between_steps", "overflow_at_step_1", "layouts"]
+    return report(RUN_SCENARIOS, *names, **options(deferred=True, seed=3))
+
+
+def test_the_device_may_be_far_behind_the_host(errors_deferred: dict[str, str]) -> None:
+    assert set(errors_deferred.values()) == {""}
+
+
+def test_each_of_two_devices_has_a_launch_of_its_own() -> None:
+    assert report(RUN_SCENARIOS, "two_devices", **options(devices=2)) == {"two_devices": ""}
+
+
+def test_launches() -> None:
+    found = report(
+        """
+import torch, runtime_log as log
+from sgdr_fused import FusedSGDR
+
+def calls(tensors, groups=1):
+    params = [torch.nn.Parameter(torch.zeros(3, device="cuda")) for _ in range(tensors)]
+    for param in params:
+        param.grad = torch.zeros(3, device="cuda")
+    in_groups = [{"params": params[i::groups]} for i in range(groups)]
+    optimizer = FusedSGDR(in_groups, lr=0.1, momentum=0.9, T_0=2, backend="native")
+    optimizer.step()
+    torch.cuda.synchronize()
+    log.clear()
+    optimizer.step()
+    ours = log.launches("fused_step")
+    others = [c.name for c in log.calls() if not c.is_launch and "GetAttribute" not in c.name
+              and "GetDevice" not in c.name and "IsCapturing" not in c.name
+              and "GetCaptureInfo" not in c.name and "SetDevice" not in c.name
+              and "GetLastError" not in c.name and "PeekAtLastError" not in c.name]
+    return len(ours), len(log.launches()), others
+
+log.report(one=calls(1), none=calls(0), resnet=calls(161), many=calls(700, 2), more=calls(2000))
+""",
+        **options(),
+    )
+    assert found["one"] == found["none"] == found["resnet"] == found["many"] == [1, 1, []]
+    assert found["more"] == [3, 3, []]

@@ -1,5 +1,6 @@
-// The memory floor of a step in float: the loads and stores of SGD with momentum, and next to no arithmetic.
-// Read param, grad and momentum_buffer, write param and momentum_buffer: 20 bytes an element.
+// The memory floor of a step in float: the loads and stores of SGD with momentum, and next to no
+// arithmetic. Read param, grad and momentum_buffer, write param and momentum_buffer: 20 bytes an
+// element.
 
 #include <ATen/Parallel.h>
 

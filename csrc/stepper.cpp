@@ -617,8 +617,12 @@ void Stepper::run() {
   }
   for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
   for (size_t i = 0; i < operands_.size(); ++i) {
-    if (i + kAhead < operands_.size()) __builtin_prefetch(operands_[i + kAhead].param);
+    if (i + kAhead < operands_.size()) {
+      __builtin_prefetch(operands_[i + kAhead].param);
+      __builtin_prefetch(operands_[i + kAhead].momentum_buffer);
+    }
     operands_[i].param->bump_version();
+    if (operands_[i].momentum_buffer != nullptr) operands_[i].momentum_buffer->bump_version();
   }
 }
 

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from sgdr_fused import interop, native
 from sgdr_fused.device_state import (
@@ -29,6 +30,8 @@ from sgdr_fused.tensors import check_tensors, kinds_of_tensors, local_tensor, na
 __all__ = ["FusedSGDR"]
 
 Backend = Literal["auto", "native", "reference"]
+
+_is_profiling: Callable[[], bool] = getattr(native.extension, "is_profiling", lambda: True)
 
 
 class FusedSGDR(Optimizer):
@@ -69,8 +72,8 @@ class FusedSGDR(Optimizer):
         maximize: Ascend instead of descend.
         decoupled_weight_decay: Multiply the parameter by ``1 - lr * weight_decay`` instead (SGDW).
         backend: ``"native"`` raises where the native step cannot run, ``"reference"`` runs the
-            plain PyTorch step,
-            ``"auto"`` takes the former where it can and says so once where it cannot.
+            plain PyTorch step, ``"auto"`` takes the former where it can and says so once where it
+            cannot.
 
     Raises:
         ValueError: An argument is out of its range; the message names it and its value.
@@ -165,7 +168,14 @@ class FusedSGDR(Optimizer):
 
         After an error parameters, momentum and schedule are as they were.
         """
-        if self._is_observed():
+        # Spelled out here, for the calls that a function of its own would cost.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or _is_profiling()
+        ):
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
 
@@ -184,21 +194,10 @@ class FusedSGDR(Optimizer):
     # torch's own wrapper: the profiler range and the hooks.
     _observed_step = Optimizer.profile_hook_step(_step)
 
-    def _is_observed(self) -> bool:
-        """Whether a hook or a profiler is there to see a step."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or native.extension is None
-            or native.extension.is_profiling()
-        )
-
     def _patch_step_function(self) -> None:
         # torch would wrap step() of this class or a subclass in a profiler range that costs more
         # than a small step. Ours opens the range and runs the hooks itself when there is somebody
-        # to see them: _is_observed.
+        # to see them.
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
     def _fall_back(self) -> None:
@@ -249,7 +248,7 @@ class FusedSGDR(Optimizer):
 
     @property
     def is_cycle_end(self) -> bool:
-        """Whether the last step was the last of a cycle of group 0."""
+        """Whether a cycle of group 0 has just ended, by its length or by :meth:`restart`."""
         position = position_of(self.param_groups[0])
         return position.T_cur == 0 and position.cycle > 0
 

@@ -105,7 +105,11 @@ class CosineWarmRestarts:
             )
         if not _is_finite(self.T_mult) or self.T_mult < 1:
             raise ValueError(f"Expected a finite T_mult >= 1, but got T_mult={self.T_mult!r}")
-        for name in ("eta_min", "warmup_start_lr", "cycle_decay"):
+        if not _is_finite(self.cycle_decay) or not 0 <= self.cycle_decay <= 1:
+            raise ValueError(
+                f"Expected a cycle_decay from 0 to 1, but got cycle_decay={self.cycle_decay!r}"
+            )
+        for name in ("eta_min", "warmup_start_lr"):
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise ValueError(f"Expected a finite {name} >= 0, but got {name}={value!r}")

@@ -52,6 +52,7 @@ BAD_OPTIONS = [
     ("warmup_start_lr", math.nan, "warmup_start_lr=nan"),
     ("cycle_decay", -0.5, "cycle_decay=-0.5"),
     ("cycle_decay", math.nan, "cycle_decay=nan"),
+    ("cycle_decay", 1.5, "cycle_decay=1.5"),
     ("n_cycles", 0, "n_cycles"),
     ("n_cycles", 2.5, "n_cycles"),
     ("nesterov", True, "zero dampening"),

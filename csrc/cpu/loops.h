@@ -45,7 +45,7 @@ SGDR_HD void convert_elements(const From* __restrict__ from, To* __restrict__ to
 SGDR_INSTRUCTION_SET(Baseline, )
 #if defined(__x86_64__)
 SGDR_INSTRUCTION_SET(Avx2, __attribute__((target("arch=x86-64-v3"))))
-SGDR_INSTRUCTION_SET(Avx512, __attribute__((target("arch=x86-64-v4"))))
+SGDR_INSTRUCTION_SET(Avx512, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
 #endif
 #undef SGDR_INSTRUCTION_SET
 

@@ -1,0 +1,46 @@
+# make demo: trains on real data with the pair and with FusedSGDR. make test: the whole suite.
+# Each makes its own virtual environment first, and again only when something was changed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+EXTRAS ?= demo,test
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test benchmark lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+benchmark: $(STAMP)
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.small_tensors
+	$(BIN)/python -m benchmarks.threads
+
+lint: $(STAMP)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[lint]"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'benchmarks/*.cpp')
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'benchmarks/*.cpp')
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	$(BIN)/pip install "setuptools>=77" wheel ninja pybind11 numpy "$(TORCH)"
+	$(BIN)/pip install --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $(STAMP)
+
+clean:
+	rm -rf build *.egg-info sgdr_fused/*.so sgdr_fused/_built_for.py

@@ -88,6 +88,23 @@ __host__ __device__ constexpr uint32_t vector_width(ElementTypes types) {
   return kBytesPerAccess / bytes;
 }
 
+// Calls f with the types that have loops of their own, or else with kAny.
+template <class F>
+__device__ __forceinline__ void with_types(ElementTypes types, F f) {
+  using enum ElementType;
+  static_switch<ElementTypes{kFloat, kFloat, kFloat},           //
+                ElementTypes{kHalf, kHalf, kHalf},              //
+                ElementTypes{kBFloat16, kBFloat16, kBFloat16},  //
+                ElementTypes{kFloat, kHalf, kFloat},            //
+                ElementTypes{kFloat, kBFloat16, kFloat},        //
+                ElementTypes{kFloat, kFloat, kBFloat16},        //
+                ElementTypes{kFloat, kBFloat16, kBFloat16},     //
+                ElementTypes{kHalf, kHalf, kFloat},             //
+                ElementTypes{kBFloat16, kBFloat16, kFloat},     //
+                ElementTypes{kDouble, kDouble, kDouble},        //
+                kAny>(types, f);
+}
+
 // At most kChunkNumel elements of a tensor.
 template <ElementTypes types>
 struct Chunk {
@@ -201,8 +218,8 @@ __device__ __forceinline__ void update_chunk_of(const LaunchTensor& tensor,
                                                 const LaunchGroup& group, uint32_t begin,
                                                 const UpdateScalars<T>& scalars) {
   const auto at = [begin](const void* memory, ElementType type) {
-    return const_cast<char*>(static_cast<const char*>(memory)) +
-           static_cast<size_t>(begin) * element_size(type);
+    char* const bytes = static_cast<char*>(const_cast<void*>(memory));
+    return bytes == nullptr ? nullptr : bytes + static_cast<size_t>(begin) * element_size(type);
   };
   const ElementType param = tensor.param_type, grad = tensor.grad_type,
                     momentum_buffer = tensor.momentum_type;
@@ -219,7 +236,6 @@ __device__ __forceinline__ void update_chunk_of(const LaunchTensor& tensor,
 }
 
 __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
-  using enum ElementType;
   struct Scalars {
     UpdateScalars<float> in_float;
     UpdateScalars<double> in_double;
@@ -242,31 +258,19 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
     }
 
     const uint32_t begin = (index - tensor.first_chunk) * kChunkNumel;
-    // The types that have vector loops, and all others.
-    static_switch<ElementTypes{kFloat, kFloat, kFloat},           //
-                  ElementTypes{kHalf, kHalf, kHalf},              //
-                  ElementTypes{kBFloat16, kBFloat16, kBFloat16},  //
-                  ElementTypes{kFloat, kHalf, kFloat},            //
-                  ElementTypes{kFloat, kBFloat16, kFloat},        //
-                  ElementTypes{kFloat, kFloat, kBFloat16},        //
-                  ElementTypes{kFloat, kBFloat16, kBFloat16},     //
-                  ElementTypes{kHalf, kHalf, kFloat},             //
-                  ElementTypes{kBFloat16, kBFloat16, kFloat},     //
-                  ElementTypes{kDouble, kDouble, kDouble},        //
-                  kAny>(ElementTypes{tensor.param_type, tensor.grad_type, tensor.momentum_type},
-                        [&](auto types) {
-                          constexpr ElementTypes kTypes = decltype(types)::value;
-                          if constexpr (kTypes == kAny) {
-                            if (tensor.param_type == kDouble)
-                              update_chunk_of<kAny>(tensor, group, begin, scalars->in_double);
-                            else
-                              update_chunk_of<kAny>(tensor, group, begin, scalars->in_float);
-                          } else if constexpr (kTypes.param == kDouble) {
-                            update_chunk_of<kTypes>(tensor, group, begin, scalars->in_double);
-                          } else {
-                            update_chunk_of<kTypes>(tensor, group, begin, scalars->in_float);
-                          }
-                        });
+    with_types({tensor.param_type, tensor.grad_type, tensor.momentum_type}, [&](auto types) {
+      constexpr ElementTypes kTypes = decltype(types)::value;
+      if constexpr (kTypes == kAny) {
+        if (tensor.param_type == ElementType::kDouble)
+          update_chunk_of<kAny>(tensor, group, begin, scalars->in_double);
+        else
+          update_chunk_of<kAny>(tensor, group, begin, scalars->in_float);
+      } else if constexpr (kTypes.param == ElementType::kDouble) {
+        update_chunk_of<kTypes>(tensor, group, begin, scalars->in_double);
+      } else {
+        update_chunk_of<kTypes>(tensor, group, begin, scalars->in_float);
+      }
+    });
   }
 }
 

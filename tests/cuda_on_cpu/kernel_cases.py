@@ -6,6 +6,7 @@ the same by the kernel, and writes down what came of it after each step.
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
@@ -144,10 +145,12 @@ class Case:
         folder: Path,
         *,
         seed: int = 1,
+        bug: str = "",
     ) -> str:
         """Lets the kernel do the same; empty if the result is the same, bit for bit.
 
-        Else the first difference, or what the sanitizers said.
+        Else the first difference, or what the sanitizers said. `bug` is one that is planted in the
+        program.
         """
         case, result = folder / "case", folder / "result"
         with case.open("wb") as file:
@@ -155,7 +158,11 @@ class Case:
             file.write(self._start + struct.pack("<I", len(self._steps)))
             file.writelines(self._steps)
         ran = subprocess.run(
-            [str(program), str(case), str(result)], capture_output=True, text=True, timeout=300
+            [str(program), str(case), str(result)],
+            env=os.environ | {"PLANTED_BUG": bug},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         if ran.returncode != 0:
             return f"exit status {ran.returncode}\n{ran.stdout}{ran.stderr}"

@@ -6,10 +6,13 @@ ThreadSanitizer's to find.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ NESTEROV = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 @pytest.fixture(scope="module")
 def program() -> Path:
     """The kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    return shim_program(FOLDER / "kernel_main.cpp", sanitize=ADDRESS)
+    return shim_program(FOLDER / "kernel_main.cpp", sanitize=ADDRESS, flags=["-O0"])
 
 
 # ------------------------------------------------------------------------------------------ updates
@@ -58,7 +61,10 @@ def test_every_option_and_dtype_in_one_launch(program, tmp_path, grad_scale) -> 
 def test_every_mixture_of_dtypes(program, tmp_path, options) -> None:
     triples = list(itertools.product(TYPES, repeat=3 if options else 2))
     case = Case(
-        [{"params": [params((n,), triple[0], n)[0] for triple in triples for n in (9, 41)]} | options],
+        [
+            {"params": [params((n,), triple[0], n)[0] for triple in triples for n in (9, 41)]}
+            | options
+        ],
         grad_dtypes=[triple[1] for triple in triples for _ in range(2)],
         momentum_dtypes=[triple[2] for triple in triples for _ in range(2)] if options else None,
     )
@@ -79,7 +85,7 @@ def test_memory_that_is_not_aligned(program, tmp_path, dtype) -> None:
     assert case.difference(program, tmp_path) == ""
 
 
-# --------------------------------------------------------------------------- first steps, skipped steps
+# ----------------------------------------------------------------------- first steps, skipped steps
 
 
 def with_missing_grads(options: dict[str, object]) -> Case:
@@ -108,7 +114,7 @@ def test_a_first_step_reads_nothing_from_the_buffer(program, tmp_path) -> None:
     assert buffer.signbit().all()
 
 
-# ----------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 SCHEDULES = (
     {"T_0": 3, "T_mult": 2},
@@ -153,7 +159,7 @@ def test_options_that_are_changed_between_steps(program, tmp_path) -> None:
     assert with_changed_options().difference(program, tmp_path) == ""
 
 
-# ------------------------------------------------------------------------------------------ launches
+# ----------------------------------------------------------------------------------------- launches
 
 
 def test_more_tensors_than_one_launch_takes(program, tmp_path) -> None:
@@ -183,27 +189,42 @@ def test_more_groups_than_one_launch_takes(program, tmp_path) -> None:
     assert case.launches == [3, 2]
 
 
-# ---------------------------------------------------------------------- changed copies of the kernel
+# -------------------------------------------------------------------------------------------- races
 
 
-def changed_kernel(changes: dict[str, str], *, few_types: bool = False) -> list[str]:
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "history",
+    [
+        lambda: over_restarts(6),
+        lambda: with_missing_grads(NESTEROV | {"reset_momentum": True, "T_0": 2}),
+        with_changed_options,
+    ],
+    ids=["restarts", "missing_grads", "changed_options"],
+)
+def test_no_two_threads_race_in_any_order(tmp_path, history, seed) -> None:
+    program = shim_program(FOLDER / "kernel_main.cpp", sanitize=THREAD)
+    assert history().difference(program, tmp_path, seed=seed) == ""
+
+
+# --------------------------------------------------------------------- changed copies of the kernel
+
+
+def changed_kernel(changes: Sequence[tuple[str, str]]) -> list[str]:
     """Flags by which kernel_main.cpp includes a copy of the kernel in which texts are replaced.
 
-    Few types: only float32 and any mixture have loops of their own, which compiles in a third of
-    the time.
+    Of the dtypes only float64 and the mixtures keep loops of their own: the rest takes long to
+    compile.
     """
     names = ("sgdr_math.h", "static_switch.h", "tensor_list.h", "cuda/launch.h",
              "cuda/fused_step.cuh")  # fmt: skip
     sources = {name: (REPOSITORY / "csrc" / name).read_text() for name in names}
-    for old, new in changes.items():
-        (name,) = [name for name in names if old in sources[name]]
-        assert sources[name].count(old) == 1, old
-        sources[name] = sources[name].replace(old, new)
-    if few_types:
-        kernel = sources["cuda/fused_step.cuh"].splitlines(keepends=True)
-        table = [i for i, line in enumerate(kernel) if line.strip().startswith("ElementTypes{k")]
-        assert len(table) == 9
-        sources["cuda/fused_step.cuh"] = "".join(l for i, l in enumerate(kernel) if i not in table)
+    lines = sources["cuda/fused_step.cuh"].splitlines(keepends=True)
+    table = re.compile(r" +ElementTypes\{(?!kDouble)")
+    sources["cuda/fused_step.cuh"] = "".join(line for line in lines if not table.match(line))
+    for old, new in changes:
+        assert sum(text.count(old) for text in sources.values()) == 1, old
+        sources = {name: text.replace(old, new) for name, text in sources.items()}
     digest = hashlib.sha256("\0".join(sources.values()).encode()).hexdigest()[:16]
     folder = CACHE / f"kernel_{digest}"
     (folder / "cuda").mkdir(parents=True, exist_ok=True)
@@ -212,23 +233,208 @@ def changed_kernel(changes: dict[str, str], *, few_types: bool = False) -> list[
     return [f'-DKERNEL_HEADER="{folder}/cuda/fused_step.cuh"']
 
 
-SMALL = {
-    "kMaxPieceNumel = 1u << 31": "kMaxPieceNumel = 2 * kChunkNumel",
-    "payload[32720]": "payload[400]",
+# So that a launch takes a few tensors only, and a tensor's pieces lie in several launches.
+SMALL = [
+    ("kMaxPieceNumel = 1u << 31", "kMaxPieceNumel = 2 * kChunkNumel"),
+    ("payload[32720]", "payload[720]"),
+]
+
+
+class Mutant(NamedTuple):
+    """A bug to plant: `old` becomes `new`, where BUG is true if it is asked for."""
+
+    old: str
+    new: str
+    said: str
+    sanitizer: str = ADDRESS
+
+
+OVERRUN = "use-after-poison|heap-buffer-overflow"
+MISALIGNED = "misaligned address"
+PARAM = r"parameter \d+ differs"
+POSITION = r"position of group \d differs"
+RACE = "data race"
+
+MUTANTS = {
+    # The elements of a chunk.
+    "tail_ends_late": Mutant("i < chunk.numel;", "i < chunk.numel + BUG;", OVERRUN),
+    "tail_begins_late": Mutant("i = done +", "i = BUG + done +", PARAM),
+    "no_alignment_test": Mutant("chunk.is_aligned() ?", "BUG || chunk.is_aligned() ?", MISALIGNED),
+    "grads_alignment_not_tested": Mutant(
+        "reinterpret_cast<uintptr_t>(grad.address)",
+        "reinterpret_cast<uintptr_t>(BUG ? nullptr : grad.address)",
+        MISALIGNED,
+    ),
+    "chunk_without_end": Mutant(
+        "min(tensor.numel - begin, kChunkNumel)",
+        "BUG ? tensor.numel - begin : min(tensor.numel - begin, kChunkNumel)",
+        PARAM,
+    ),
+    "chunks_begin_early": Mutant(
+        "(index - tensor.first_chunk) * kChunkNumel",
+        "(index - tensor.first_chunk) * (kChunkNumel - BUG)",
+        f"{MISALIGNED}|{PARAM}",
+    ),
+    "wrong_tensor": Mutant("first_chunk <= chunk", "first_chunk + BUG <= chunk", OVERRUN),
+    "chunks_left_out": Mutant("index += gridDim.x", "index += gridDim.x + BUG", PARAM),
+    # The groups and their options.
+    "wrong_group": Mutant(
+        "args.group(tensor.group);\n    if (tensor.group !=",
+        "args.group(BUG ? 0 : tensor.group);\n    if (tensor.group !=",
+        OVERRUN,
+    ),
+    "scalars_of_another_group": Mutant(
+        "if (tensor.group != group_of_scalars)",
+        "if (BUG ? group_of_scalars == args.group_count : tensor.group != group_of_scalars)",
+        PARAM,
+    ),
+    "grad_scale_ignored": Mutant(
+        "grad_scale == nullptr ?", "grad_scale == nullptr || BUG ?", PARAM
+    ),
+    "lr_source_ignored": Mutant(
+        ".lr = group.lr_source == LrSource::kState",
+        ".lr = group.lr_source == LrSource::kState || BUG",
+        PARAM,
+    ),
+    # First and skipped steps.
+    "first_step_reads_the_buffer": Mutant(
+        "!chunk.first_step)", "(BUG || !chunk.first_step))", PARAM
+    ),
+    "first_step_dampened": Mutant("if (chunk.first_step)", "if (!BUG && chunk.first_step)", PARAM),
+    "first_step_loses_the_sign_of_zero": Mutant("= T{-0.0};", "= BUG ? T{0} : T{-0.0};", PARAM),
+    "flags_not_cleared": Mutant(
+        "if (group.has_momentum && tensor",
+        "if (!BUG && group.has_momentum && tensor",
+        "flags of group 0 differs",
+    ),
+    "flags_cleared_before_the_last_piece": Mutant(
+        ".completes_param) group", ".completes_param + BUG) group", PARAM
+    ),
+    "momentum_kept_at_a_restart": Mutant(
+        "first_step[i] = 1;", "first_step[i] = !BUG;", "flags of group 0 differs"
+    ),
+    "found_inf_ignored": Mutant("*args.found_inf != 0)", "*args.found_inf != 0 && !BUG)", POSITION),
+    "schedule_advanced_on_found_inf": Mutant(
+        "cuda::skip_step(args);\n",
+        "cuda::skip_step(args);\n"
+        "    if (BUG && cuda::is_last_block(args.ticket)) cuda::finish_step(args);\n",
+        POSITION,
+    ),
+    "change_lost_on_found_inf": Mutant(
+        "if (blockIdx.x != 0) return;",
+        "if (blockIdx.x != 0 || BUG) return;",
+        "LR of group 1 differs",
+    ),
+    # The end of a launch.
+    "every_launch_advances": Mutant(
+        "if (args.group(i).advances)", "if (args.group(i).advances || BUG)", POSITION
+    ),
+    "no_ticket": Mutant(
+        "is_last = atomicInc(ticket,",
+        "is_last = BUG ? blockIdx.x == gridDim.x - 1 : atomicInc(ticket,",
+        RACE,
+        THREAD,
+    ),
+    "ticket_not_reset": Mutant(
+        " gridDim.x - 1) == gridDim.x",
+        " BUG ? ~0u : gridDim.x - 1) == gridDim.x",
+        f"the ticket differs|{POSITION}",
+    ),
+    "no_fence_before_the_ticket": Mutant(
+        "__threadfence();\n    is_last", "if (!BUG) __threadfence();\n    is_last", RACE, THREAD
+    ),
+    "no_fence_after_the_ticket": Mutant(
+        "    __threadfence();\n  }", "    if (!BUG) __threadfence();\n  }", RACE, THREAD
+    ),
+    "no_barrier_before_the_ticket": Mutant(
+        "bool is_last;\n  __syncthreads();",
+        "bool is_last;\n  if (!BUG) __syncthreads();",
+        RACE,
+        THREAD,
+    ),
+    "no_barrier_after_the_ticket": Mutant(
+        "__syncthreads();\n  return is_last;",
+        "if (!BUG) __syncthreads();\n  return is_last;",
+        RACE,
+        THREAD,
+    ),
+    "no_barrier_before_the_scalars": Mutant(
+        "__syncthreads();  // no thread", "if (!BUG) __syncthreads();  // no thread", RACE, THREAD
+    ),
+    "no_barrier_after_the_scalars": Mutant(
+        "__syncthreads();\n      group_of",
+        "if (!BUG) __syncthreads();\n      group_of",
+        RACE,
+        THREAD,
+    ),
+    "no_barrier_between_flags_and_restart": Mutant(
+        "__syncthreads();  // a restart", "if (!BUG) __syncthreads();  // a restart", RACE, THREAD
+    ),
+    "scalars_written_by_all": Mutant(
+        "if (threadIdx.x == 0) {\n        const",
+        "if (threadIdx.x == 0 || BUG) {\n        const",
+        RACE,
+        THREAD,
+    ),
 }
 
 
-def in_pieces() -> Case:
-    """A parameter's pieces lie in several launches; its flag must outlast all but the last."""
-    case = Case([{"params": params((8192, 30000, 5)), "momentum": 0.9, "dampening": 0.1}])
-    case.steps(2)
+@functools.cache
+def program_of_mutants(sanitizer: str) -> Path:
+    """A small kernel in which every bug can be asked for."""
+    changes = list(SMALL)
+    for name, mutant in MUTANTS.items():
+        changes.append((mutant.old, mutant.new.replace("BUG", f'planted("{name}")')))
+    flags = [*changed_kernel(changes), *(["-O0"] if sanitizer == ADDRESS else [])]
+    return shim_program(FOLDER / "kernel_main.cpp", sanitize=sanitizer, flags=flags)
+
+
+def everything() -> Case:
+    """A few steps with all that the kernel has a branch for."""
+    offsets = {1: (4, 4, 4), 3: (0, 4, 0), 4: (0, 0, 4)}
+    case = Case(
+        [
+            {"params": params((12293, 70, 0)), "momentum": 0.9, "dampening": 0.1, "T_0": 2,
+             "weight_decay": 0.01, "reset_momentum": True},
+            {"params": params((20, 41, 5, 6, 7, 3, 8, 9, 9000), seed=5), **NESTEROV, "T_0": 3,
+             "maximize": True},
+            {"params": params((33, 3, 1, 2, 5, 6, 7, 4), seed=8), "weight_decay": 0.1,
+             "decoupled_weight_decay": True, "warmup_steps": 2},
+            {"params": params((9, 17), torch.float64, 16), "momentum": 0.5},
+        ],
+        offsets=lambda i: offsets.get(i, (0, 0, 0)),
+        threads=32,
+    )  # fmt: skip
+    first = case.some_grads()
+    first[0][:40], first[4] = -0.0, None
+    case.step(first)
+    case.steps(1, found_inf=1.0)
+    case.steps(3, grad_scale=8.0)
+    case.optimizer.param_groups[1]["eta_min"] = 0.01
+    case.steps(1, found_inf=1.0)
+    case.optimizer.param_groups[3]["initial_lr"] = 0.2
+    case.steps(2, found_inf=0.0)
     return case
 
 
-def test_a_tensor_too_large_for_one_entry(tmp_path) -> None:
-    """Where an entry takes 8192 elements, and a launch seven entries."""
-    flags = changed_kernel(SMALL, few_types=True)
-    program = shim_program(FOLDER / "kernel_main.cpp", sanitize=ADDRESS, flags=flags)
-    case = in_pieces()
-    assert case.difference(program, tmp_path) == ""
-    assert case.launches == [1, 1]
+@pytest.fixture(scope="module")
+def case_of_everything() -> Case:
+    return everything()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
+def test_no_bug_is_found_where_none_is_planted(
+    case_of_everything, tmp_path, sanitizer, seed
+) -> None:
+    """In several orders of threads and blocks."""
+    program = program_of_mutants(sanitizer)
+    assert case_of_everything.difference(program, tmp_path, seed=seed) == ""
+    assert min(case_of_everything.launches) > 1
+
+
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_a_planted_bug_is_caught(case_of_everything, tmp_path, bug) -> None:
+    program = program_of_mutants(MUTANTS[bug].sanitizer)
+    found = case_of_everything.difference(program, tmp_path, bug=bug)
+    assert re.search(MUTANTS[bug].said, found), found

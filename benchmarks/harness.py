@@ -137,26 +137,30 @@ class Workload:
     They are allocated as a training would: all parameters, all gradients, then all buffers.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
-        self.params = [torch.randn(shape, generator=generator) for shape in shapes]
+        self.params = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
         for param in self.params:
             # Between 0.5 and 1.5 with either sign, so that every element moves visibly.
             uniform = torch.rand(param.shape, generator=generator) - 0.5
-            param.grad = uniform + torch.ones_like(uniform).copysign(uniform)
+            param.grad = (uniform + torch.ones_like(uniform).copysign(uniform)).to(device)
         self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
         self._start = [param.clone() for param in self.params]
         self._expected = self._after_steps(*fused_sgdr(self.params, backend="reference"))
         for param, start in zip(self._expected, self._start, strict=True):
             assert (param - start).abs().min() > OPTIONS["lr"] / 2
 
-    def candidate(self, name: str, threads: int, build: Build) -> Candidate:
+    def candidate(
+        self, name: str, threads: int, build: Build, shares_buffers: bool = True
+    ) -> Candidate:
         """A candidate that is known to make the same update as the reference.
 
         Args:
             name: Its name.
             threads: Intra-op threads it is to be checked and timed with.
             build: Makes an optimizer for the parameters, and the function that takes one step.
+            shares_buffers: Whether to time it with the momentum buffers of all; a CUDA graph keeps
+                its own.
 
         Raises:
             AssertionError: Its parameters differ from the reference's after a few steps.
@@ -170,8 +174,9 @@ class Workload:
             torch.testing.assert_close(result, self._expected, rtol=tolerance, atol=tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name} does not make the reference's update: {error}") from error
-        for param, buffer in zip(self.params, self.momentum_buffers, strict=True):
-            optimizer.state[param]["momentum_buffer"] = buffer
+        if shares_buffers:
+            for param, buffer in zip(self.params, self.momentum_buffers, strict=True):
+                optimizer.state[param]["momentum_buffer"] = buffer
         return Candidate(name, step, threads)
 
     def _after_steps(self, optimizer: Optimizer, step: Step) -> list[Tensor]:

@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from pair import draw, make_params
 from torch import Tensor
@@ -80,7 +81,9 @@ def unsynchronised() -> Iterator[None]:
 
         runtime_log.clear()
         yield
-        waits = [call for call in runtime_log.synchronizing() if call.fields.get("kind") != "H2D"]
+        # Without torch's caching allocator each tensor that goes is a cudaFree.
+        expected = {"cudaFree"} if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ else set()
+        waits = [call for call in runtime_log.synchronizing() if call.name not in expected]
         assert not waits, waits
         assert not runtime_log.copies("D2H")
     else:
@@ -337,7 +340,7 @@ def graph_of_what_it_cannot_repeat() -> None:
             gpu.param_groups[0]["lr"] = 0.5
         if change == "momentum_buffer":
             gpu.state[params_of(gpu)[0]].clear()
-        with raises(RuntimeError, "CUDA graph"):
+        with pytest.raises(RuntimeError, match="CUDA graph"):
             captured(gpu)
 
 
@@ -500,16 +503,16 @@ def bad_input() -> None:
     ):
         before = group[name]
         group[name] = value
-        with raises(ValueError, message):
+        with pytest.raises(ValueError, match=message):
             gpu.step()
         group[name] = before
     param = params_of(gpu)[3]
     buffer = gpu.state[param]["momentum_buffer"]
     gpu.state[param]["momentum_buffer"] = buffer[:-1]
-    with raises(ValueError, "momentum_buffer of shape"):
+    with pytest.raises(ValueError, match="momentum_buffer of shape"):
         gpu.step()
     gpu.state[param]["momentum_buffer"] = buffer.cpu()
-    with raises(ValueError, "momentum_buffer of device"):
+    with pytest.raises(ValueError, match="momentum_buffer of device"):
         gpu.step()
     gpu.state[param]["momentum_buffer"] = buffer
     assert_equal(cpu, gpu, "after the errors")
@@ -552,18 +555,5 @@ def two_devices() -> None:
         with torch.cuda.device(i % 2):
             run_both(cpu, gpu, range(i, i + 1))
     assert [group["lr"].device.index for group in gpu.param_groups] == [1, 0]
-    with raises(ValueError, "several devices|is on cuda"):
+    with pytest.raises(ValueError, match="is on cuda:1, but"):
         FusedSGDR([*on_gpu(first, "cuda:0"), *on_gpu(second, "cuda:1")], **OPTIONS, **SCHEDULE)
-
-
-@contextlib.contextmanager
-def raises(kind: type[Exception], pattern: str) -> Iterator[None]:
-    """pytest's, where there may be none."""
-    import re
-
-    try:
-        yield
-    except kind as error:
-        assert re.search(pattern, str(error)), error
-    else:
-        raise AssertionError(f"no {kind.__name__}")

@@ -92,6 +92,33 @@ def test_threads_times_every_size_on_one_and_two_threads(tmp_path):
             assert_is_a_timing(timing)
 
 
+def test_gpu_measures_every_candidate_that_runs_here(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("the benchmark itself is for a GPU; this is its logic on the CPU")
+    results = run_quickly("gpu", tmp_path)
+    assert results["gpu"] is None
+    for case in results["cases"]:
+        assert case["copy_bytes_per_second"] > 0
+        assert [entry["name"] for entry in case["candidates"]] == [
+            "FusedSGDR",
+            "SGD(fused=True) + scheduler",
+            "SGD(fused=True), tensor LR + scheduler",
+            "SGD(foreach=True) + scheduler",
+        ]
+        assert case["candidates"][0]["ratio"] == 1
+        for entry in case["candidates"]:
+            assert_is_a_timing(entry["host"])
+            assert_is_a_timing(entry["step"])
+            assert entry["host"]["median_us"] <= entry["step"]["median_us"]
+
+
+def test_launches_are_kernels_and_copies_take_time_too():
+    gpu = importlib.import_module("benchmarks.gpu")
+    events = [("fused_step_kernel", 3.0), ("Memcpy DtoH", 1.0), ("Memset", 0.5)] * 2
+    work = gpu.DeviceWork.of([gpu.KernelEvent(*event) for event in events], steps=2)
+    assert work == gpu.DeviceWork(launches=1, microseconds=4.5)
+
+
 def test_the_line_through_points_on_a_line_is_that_line():
     small_tensors = importlib.import_module("benchmarks.small_tensors")
     counts = [10, 100, 1000]

@@ -1,0 +1,365 @@
+"""One optimizer step on a GPU: the pair in all its forms against FusedSGDR.
+
+    python -m benchmarks.gpu
+
+The pair is torch.optim.SGD with CosineAnnealingWarmRestarts, both stepped once a call. Everything
+is float32, with momentum 0.9, weight decay 1e-4 and Nesterov. For each candidate:
+
+* host: until the calls return, which is what the training loop waits for;
+* step: until the GPU has done them, back to back;
+* device: the sum of its kernels' times, and how many they are, as the profiler has seen them;
+* of a copy: 20 bytes an element (parameter, gradient and momentum read, two of them written)
+  divided by the device time, relative to what a copy of as many bytes reaches.
+
+Without a GPU, --quick tries the benchmark out on the CPU.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.profiler import ProfilerActivity
+
+from benchmarks import shapes
+from benchmarks.harness import (
+    OPTIONS,
+    SCHEDULE,
+    Build,
+    Candidate,
+    Settings,
+    Step,
+    Timing,
+    Workload,
+    fused_sgdr,
+    new_axes,
+    parse_settings,
+    print_table,
+    write_results,
+)
+from benchmarks.step import pair
+
+NATIVE = "FusedSGDR"
+NATIVE_IN_GRAPH = "FusedSGDR in a CUDA graph"
+BYTES_PER_ELEMENT = 20
+PROFILED_STEPS = 5
+
+
+# --------------------------------------------------------------------------------------- candidates
+
+
+def _pair_with_tensor_lr(params: list[Tensor]) -> tuple[SGD, CosineAnnealingWarmRestarts]:
+    lr = torch.tensor(OPTIONS["lr"], device=params[0].device)
+    sgd = SGD(params, **OPTIONS | {"lr": lr}, fused=True)
+    return sgd, CosineAnnealingWarmRestarts(sgd, **SCHEDULE)
+
+
+def pair_with_tensor_lr(params: list[Tensor]) -> tuple[Optimizer, Step]:
+    """The pair with its LR on the GPU, which a graph needs."""
+    sgd, scheduler = _pair_with_tensor_lr(params)
+
+    def step() -> None:
+        sgd.step()
+        scheduler.step()
+
+    return sgd, step
+
+
+def pair_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
+    """The update in a graph, the scheduler outside: it writes the LR from the host."""
+    sgd, scheduler = _pair_with_tensor_lr(params)
+    sgd.step()  # or the graph would start with new momentum at each replay
+    for param in params:
+        sgd.state[param]["momentum_buffer"].zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sgd.step()
+
+    def step() -> None:
+        graph.replay()
+        scheduler.step()
+
+    return sgd, step
+
+
+def native_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
+    """All of it in a graph, captured before the first step."""
+    optimizer, step = fused_sgdr(params)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return optimizer, graph.replay
+
+
+def apex_pair() -> Build | None:
+    """The pair with apex's FusedSGD, if apex is installed."""
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError:
+        return None
+
+    def build(params: list[Tensor]) -> tuple[Optimizer, Step]:
+        sgd = FusedSGD(params, **OPTIONS)
+        scheduler = CosineAnnealingWarmRestarts(sgd, **SCHEDULE)
+
+        def step() -> None:
+            sgd.step()
+            scheduler.step()
+
+        return sgd, step
+
+    return build
+
+
+def builds(device: str) -> dict[str, Build]:
+    """What is measured; on the CPU what runs there."""
+    found: dict[str, Build] = {
+        NATIVE: fused_sgdr,
+        "SGD(fused=True) + scheduler": pair(fused=True),
+        "SGD(fused=True), tensor LR + scheduler": pair_with_tensor_lr,
+        "SGD(foreach=True) + scheduler": pair(foreach=True),
+    }
+    if device == "cuda":
+        found[NATIVE_IN_GRAPH] = native_in_graph
+        found["SGD(fused=True) in a CUDA graph + scheduler"] = pair_in_graph
+        found["compiled SGD, tensor LR + scheduler"] = pair(compiled=True, foreach=True)
+        apex = apex_pair()
+        if apex is not None:
+            found["apex FusedSGD + scheduler"] = apex
+    return found
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class KernelEvent:
+    """What the profiler saw on the device."""
+
+    name: str
+    microseconds: float
+
+    @property
+    def is_launch(self) -> bool:
+        """Whether it is a kernel, and no copy or fill."""
+        return not self.name.startswith(("Memcpy", "Memset"))
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """The device's part of one step.
+
+    Attributes:
+        launches: Kernels.
+        microseconds: Sum of their times, and of copies and fills.
+    """
+
+    launches: float
+    microseconds: float
+
+    @classmethod
+    def of(cls, events: Iterable[KernelEvent], steps: int) -> DeviceWork:
+        """The events of some steps, by step."""
+        seen = list(events)
+        return cls(
+            sum(event.is_launch for event in seen) / steps,
+            sum(event.microseconds for event in seen) / steps,
+        )
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_work(step: Step, device: str) -> DeviceWork:
+    """Profiles some steps."""
+    if device != "cuda":
+        return DeviceWork(0, 0)
+    synchronize(device)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED_STEPS):
+            step()
+        synchronize(device)
+    events = [
+        KernelEvent(event.name, event.time_range.elapsed_us())
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+    return DeviceWork.of(events, PROFILED_STEPS)
+
+
+def copy_bytes_per_second(n_bytes: int, device: str) -> float:
+    """What a copy reaches that reads and writes so many bytes together; the median of some."""
+    source = torch.empty(max(1, n_bytes // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        if device == "cuda":
+            work = device_work(lambda: target.copy_(source), device)
+            seconds.append(work.microseconds * 1e-6)
+        else:
+            start = time.perf_counter()
+            target.copy_(source)
+            seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def measure(
+    candidates: Sequence[Candidate], settings: Settings, device: str
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Times all candidates, interleaved: until the calls return, and until the work is done."""
+    # Few enough not to fill the queue of launches, which the host would then wait for.
+    calls = 2 if settings.quick else 20
+    host = {c.name: Timing(c.name, calls, []) for c in candidates}
+    step = {c.name: Timing(c.name, calls, []) for c in candidates}
+    order = list(candidates)
+    shuffle = random.Random(0).shuffle
+    for _ in range(settings.rounds):
+        shuffle(order)
+        for candidate in order:
+            returned, done = _time(candidate.step, calls, device)
+            host[candidate.name].seconds.append(returned / calls)
+            step[candidate.name].seconds.append(done / calls)
+    return host, step
+
+
+def _time(step: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
+    step()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    returned = time.perf_counter() - start
+    synchronize(device)
+    return returned, time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def cases(settings: Settings) -> dict[str, shapes.Shapes]:
+    """The tensor lists."""
+    if settings.quick:
+        return {"MLP": shapes.mlp(), "ResNet-50 of width 4": shapes.resnet50(4, n_classes=10)}
+    return {
+        "MLP, 6 tensors, 10 k parameters": shapes.mlp(),
+        "ResNet-50, 161 tensors": shapes.resnet50(),
+        "2000 tensors of 64 elements": shapes.small_tensors(2000),
+        "16 tensors of 16 M elements": [(1 << 24,)] * 16,
+    }
+
+
+def run_case(title: str, case: shapes.Shapes, settings: Settings, device: str) -> dict[str, Any]:
+    """Measures one case and prints its table."""
+    workload = Workload(case, device)
+    candidates = [
+        workload.candidate(name, torch.get_num_threads(), build, "graph" not in name)
+        for name, build in builds(device).items()
+    ]
+    host, step = measure(candidates, settings, device)
+    n_bytes = BYTES_PER_ELEMENT * shapes.numel(case)
+    copy = copy_bytes_per_second(n_bytes, device)
+    entries = []
+    for candidate in candidates:
+        work = device_work(candidate.step, device)
+        rate = n_bytes / (work.microseconds * 1e-6) if work.microseconds else None
+        entries.append(
+            {
+                "name": candidate.name,
+                "host": host[candidate.name].as_json(),
+                "step": step[candidate.name].as_json(),
+                "ratio": round(step[candidate.name].ratio_to(step[NATIVE]), 4),
+                "device_us": round(work.microseconds, 3),
+                "launches": work.launches,
+                "bytes_per_second": rate,
+                "of_a_copy": None if rate is None else round(rate / copy, 4),
+            }
+        )
+    print_table(
+        title,
+        ("", "host µs", "step µs", "/ FusedSGDR", "device µs", "launches", "of a copy"),
+        [_cells(entry) for entry in entries],
+    )
+    return {
+        "title": title,
+        "tensors": len(case),
+        "elements": shapes.numel(case),
+        "copy_bytes_per_second": copy,
+        "candidates": entries,
+    }
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    share = entry["of_a_copy"]
+    return [
+        entry["name"],
+        f"{entry['host']['median_us']:.1f}",
+        f"{entry['step']['median_us']:.1f}",
+        f"{entry['ratio']:.2f}",
+        f"{entry['device_us']:.1f}",
+        f"{entry['launches']:g}",
+        "" if share is None else f"{share:.0%}",
+    ]
+
+
+def draw(results: Sequence[dict[str, Any]]) -> Any:
+    """A panel of bars for each case: the step, and within it the device's time."""
+    figure, axes = new_axes(len(results), 1, height=2.2 * len(results))
+    for ax, case in zip(axes, results, strict=True):
+        names = [entry["name"] for entry in case["candidates"]]
+        steps = [entry["step"]["median_us"] for entry in case["candidates"]]
+        colors = ["#1f4e79" if name.startswith(NATIVE) else "#e8b98a" for name in names]
+        bars = ax.barh(names, steps, color=colors, height=0.7)
+        ax.barh(
+            names, [e["device_us"] for e in case["candidates"]], color="0.2", height=0.15, zorder=3
+        )
+        labels = [
+            f" {entry['step']['median_us']:.3g} µs ({entry['ratio']:.3g}×), "
+            f"{entry['launches']:g} launches"
+            for entry in case["candidates"]
+        ]
+        ax.bar_label(bars, labels, fontsize=8, padding=2)
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1.5 * max(steps))
+        ax.set_xticks([])
+        ax.spines["bottom"].set_visible(False)
+        ax.tick_params(axis="y", length=0, labelsize=9)
+        title = f"{case['title']} (dark line: the GPU's share)"
+        ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures all cases; writes gpu.json and gpu.png."""
+    settings = parse_settings(argv, __doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not settings.quick:
+        raise SystemExit("there is no GPU; --quick tries the benchmark out on the CPU")
+    results = [run_case(title, case, settings, device) for title, case in cases(settings).items()]
+    gpu = None
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    figure = draw(results)
+    figure.suptitle(gpu["name"] if gpu else "on the CPU, to try it out: no result", fontsize=9)
+    write_results(settings, "gpu", {"gpu": gpu, "cases": results}, figure)
+
+
+if __name__ == "__main__":
+    main()

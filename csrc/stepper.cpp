@@ -231,11 +231,10 @@ void Stepper::sync_group(Group& group, PyObject* dict, const py::dict& state) {
   const py::object state_before = group.on_gpu == nullptr ? py::none() : group.on_gpu->device_state;
   const py::object device_state = sync_group_(py::handle(dict), lr_before, state_before, state);
   Group synced = read_group(dict, device_state.is_none());
-  if (device_state.is_none()) {
-  } else if (device_state.is(state_before)) {
+  if (!device_state.is_none() && device_state.is(state_before)) {
     synced.on_gpu = std::move(group.on_gpu);
     synced.on_gpu->lr_source = lr_is_by_hand ? LrSource::kState : LrSource::kSchedule;
-  } else {
+  } else if (!device_state.is_none()) {
     synced.on_gpu = std::make_unique<OnGpu>();
     synced.on_gpu->device_state = device_state;
     synced.on_gpu->memory = THPVariable_Unpack(device_state.attr("memory").ptr());

@@ -115,15 +115,15 @@ def captured(optimizer: FusedSGDR) -> torch.cuda.CUDAGraph:
 def assert_equal(cpu: FusedSGDR, gpu: FusedSGDR, where: object = "") -> None:
     """Parameters, momentum and schedules of the two are equal to the bit.
 
-    But for float64 on a GPU, where the LR's cosine is another one than the host's: one rounding in
-    the LR changes a step by as much, relatively, and the sums round once more.
+    But for float64 on a GPU, where the LR's cosine is another one than the host's. A few roundings
+    of the cosine, near 1, are 100 times as many of the LR near eta_min, which is lr / 100.
     """
     ours, theirs = (optimizer.state_dict() for optimizer in (gpu, cpu))
     for i, (group, expected) in enumerate(
         zip(ours["param_groups"], theirs["param_groups"], strict=True)
     ):
         lr = group.pop("lr"), expected.pop("lr")
-        assert lr[0] == lr[1] if IS_FAKE else math.isclose(*lr, rel_tol=1e-14), (where, i, lr)
+        assert lr[0] == lr[1] if IS_FAKE else math.isclose(*lr, rel_tol=1e-13), (where, i, lr)
         assert group == expected, (where, i)
     for i, (param, expected) in enumerate(zip(params_of(gpu), params_of(cpu), strict=True)):
         assert_same_values(param, expected, f"{where} param {i}")

@@ -24,15 +24,12 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
 SCHEDULE = {"T_0": 3, "T_mult": 2, "eta_min": 1e-3}
 SIZES = (1, 7, 0, 1003, 4096, 4097, 9000)
 SCENARIOS: dict[str, Callable[[], None]] = {}
-NO_CAPTURE: list[str] = []  # those that need no CUDA graph
 Params = list[torch.nn.Parameter]
 
 
 def scenario(run: Callable[[], None]) -> Callable[[], None]:
     """Lists a scenario under its name."""
     SCENARIOS[run.__name__] = run
-    if "graph" not in run.__name__:
-        NO_CAPTURE.append(run.__name__)
     return run
 
 
@@ -119,6 +116,8 @@ def assert_equal(cpu: FusedSGDR, gpu: FusedSGDR, where: object = "") -> None:
     of the cosine, near 1, are 100 times as many of the LR near eta_min, which is lr / 100.
     """
     ours, theirs = (optimizer.state_dict() for optimizer in (gpu, cpu))
+    assert gpu.get_last_lr() == [group["lr"] for group in ours["param_groups"]], where
+    assert gpu.cycle == cpu.cycle, where
     for i, (group, expected) in enumerate(
         zip(ours["param_groups"], theirs["param_groups"], strict=True)
     ):

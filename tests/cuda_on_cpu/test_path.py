@@ -33,7 +33,7 @@ for name in sys.argv[1:]:
     try:
         getattr(cuda_scenarios, name)()
         log.report(**{name: ""})
-    except Exception:
+    except BaseException:  # pytest's failures too
         log.report(**{name: traceback.format_exc()})
 """
 

@@ -431,8 +431,8 @@ def state_travels() -> None:
 
 
 @scenario
-def pair_and_back() -> None:
-    """from_pair() and to_pair(), after a skipped step too."""
+def pair_and_a_graph_and_back() -> None:
+    """from_pair(), a capture at once, and to_pair()."""
     params = make_params(SIZES[:4])
     cpu = FusedSGDR(params, **OPTIONS, **SCHEDULE)
     give_gradients(0, cpu)
@@ -448,7 +448,9 @@ def pair_and_back() -> None:
         buffer = sgd.state[param]["momentum_buffer"]
         there.state[their]["momentum_buffer"] = buffer.to("cuda")
     gpu = FusedSGDR.from_pair(there, their_scheduler, backend="native")
-    run_both(cpu, gpu, range(1, 8))
+    give_gradients(1, cpu, gpu)
+    _replay(cpu, gpu, captured(gpu), range(1, 4))
+    run_both(cpu, gpu, range(4, 8))
     back, back_scheduler = gpu.to_pair()
     assert back_scheduler.T_cur == gpu.state_dict()["param_groups"][0]["T_cur"]
     assert len(back.state) == len(theirs)
@@ -485,6 +487,26 @@ def params_and_buffers_come_and_go() -> None:
         cpu.step()
         gpu.step()
         assert_equal(cpu, gpu, i)
+
+
+@scenario
+def params_move_without_a_word() -> None:
+    """From the GPU to the CPU and back, with their buffers; the schedule's place goes along."""
+    cpu, gpu = both(SIZES[:4])
+    run_both(cpu, gpu, range(2))
+    for i, device in enumerate(("cpu", "cuda")):
+        for param in params_of(gpu):
+            param.grad = None
+            param.data = param.data.to(device)
+            buffer = gpu.state[param]["momentum_buffer"]
+            gpu.state[param]["momentum_buffer"] = buffer.to(device)
+        give_gradients(10 + i, cpu, gpu)
+        cpu.step()
+        gpu.step()  # waits, this once
+        assert int(gpu.param_groups[0]["step"]) == cpu.param_groups[0]["step"]
+        assert isinstance(gpu.param_groups[0]["lr"], Tensor) == (device == "cuda")
+        assert_equal(cpu, gpu, device)
+        run_both(cpu, gpu, range(3 * i, 3 * i + 3))
 
 
 @scenario

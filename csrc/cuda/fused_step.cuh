@@ -80,12 +80,10 @@ constexpr ElementTypes kAny = {ElementType::kNone, ElementType::kNone, ElementTy
 
 // The narrowest type fills one access.
 __host__ __device__ constexpr uint32_t vector_width(ElementTypes types) {
-  uint32_t bytes = kBytesPerAccess;
   if (types == kAny) return 1;
-  for (const ElementType type : {types.param, types.grad, types.momentum_buffer})
-    bytes = std::min<uint32_t>(bytes,
-                               type == ElementType::kNone ? kBytesPerAccess : element_size(type));
-  return kBytesPerAccess / bytes;
+  const auto sizes = {element_size(types.param), element_size(types.grad),
+                      element_size(types.momentum_buffer)};
+  return kBytesPerAccess / static_cast<uint32_t>(std::min(sizes));
 }
 
 // Calls f with the types that have loops of their own, or else with kAny.
@@ -95,11 +93,8 @@ __device__ __forceinline__ void with_types(ElementTypes types, F f) {
   static_switch<ElementTypes{kFloat, kFloat, kFloat},           //
                 ElementTypes{kHalf, kHalf, kHalf},              //
                 ElementTypes{kBFloat16, kBFloat16, kBFloat16},  //
-                ElementTypes{kFloat, kHalf, kFloat},            //
                 ElementTypes{kFloat, kBFloat16, kFloat},        //
                 ElementTypes{kFloat, kFloat, kBFloat16},        //
-                ElementTypes{kFloat, kBFloat16, kBFloat16},     //
-                ElementTypes{kHalf, kHalf, kFloat},             //
                 ElementTypes{kBFloat16, kBFloat16, kFloat},     //
                 ElementTypes{kDouble, kDouble, kDouble},        //
                 kAny>(types, f);

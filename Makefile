@@ -4,7 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-EXTRAS ?= demo,test
+EXTRAS ?= demo,test,lint
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -23,7 +23,6 @@ benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.threads
 
 lint: $(STAMP)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[lint]"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

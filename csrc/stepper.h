@@ -66,9 +66,11 @@ class Stepper {
   struct Slot {
     PyObject* param;
     PyObject* state;
-    std::array<const void*, 7> trail;
+    // What the last step read for it. A hint: prefetched, never followed.
+    std::array<const at::TensorImpl*, 3> tensors;
+    std::array<const void*, 4> others;
 
-    void remember(const at::TensorImpl& of_param, const at::TensorImpl& grad,
+    void remember(const at::TensorImpl* of_param, const at::TensorImpl* grad,
                   const at::TensorImpl* buffer);
     void prefetch() const;
   };

@@ -70,27 +70,38 @@ class Operand {
 };
 
 template <class InstructionSet, class T>
-void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
-                  const GroupLoops<T>& loops) {
-  const UpdateLoop<T> update = entry.first_step ? loops.first_update : loops.update;
+void update_by_blocks(const TensorEntry& entry, int64_t begin, int64_t end, UpdateLoop<T> update,
+                      const UpdateScalars<T>& scalars) {
   Operand<InstructionSet, T> param(entry.param, entry.param_type);
   Operand<InstructionSet, T> grad(entry.grad, entry.grad_type);
   Operand<InstructionSet, T> momentum_buffer(entry.momentum_buffer, entry.momentum_type);
-  const bool direct = param.is_direct() && grad.is_direct() &&
-                      (entry.momentum_buffer == nullptr || momentum_buffer.is_direct());
-  const int64_t block = direct ? end - begin : kBlockNumel;
-  for (; begin < end; begin += block) {
-    const int64_t numel = std::min(block, end - begin);
+  for (; begin < end; begin += kBlockNumel) {
+    const int64_t numel = std::min(kBlockNumel, end - begin);
     update(param.load(begin, numel), grad.load(begin, numel),
-           momentum_buffer.load(begin, numel, !entry.first_step), numel, loops.scalars);
+           momentum_buffer.load(begin, numel, !entry.first_step), numel, scalars);
     param.store(begin, numel);
     momentum_buffer.store(begin, numel);
   }
 }
 
+template <class InstructionSet, class T>
+void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
+                  const GroupLoops<T>& loops) {
+  const UpdateLoop<T> update = entry.first_step ? loops.first_update : loops.update;
+  constexpr ElementType kDirect = kElementType<T>;
+  if (entry.param_type != kDirect || entry.grad_type != kDirect || entry.momentum_type != kDirect) {
+    update_by_blocks<InstructionSet>(entry, begin, end, update, loops.scalars);
+    return;
+  }
+  T* momentum_buffer = static_cast<T*>(entry.momentum_buffer);
+  update(static_cast<T*>(entry.param) + begin, static_cast<const T*>(entry.grad) + begin,
+         momentum_buffer == nullptr ? nullptr : momentum_buffer + begin, end - begin,
+         loops.scalars);
+}
+
 // The first lines of a tensor that is due soon: small ones are over before the processor sees a
 // pattern.
-void prefetch(const TensorEntry& entry) {
+SGDR_HD void prefetch(const TensorEntry& entry) {
   for (int64_t byte = 0; byte < 256; byte += 64) {
     __builtin_prefetch(static_cast<const char*>(entry.param) + byte, 1);
     __builtin_prefetch(static_cast<const char*>(entry.grad) + byte);

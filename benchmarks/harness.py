@@ -70,7 +70,7 @@ class Settings:
         burst_seconds: Least duration of one timing.
         quick: Tiny shapes: try the benchmark out, and believe no number.
         out: Folder for JSON and pictures.
-        load_before: How many processes kept the machine busy before.
+        load_before: How many cores other processes kept busy just before.
         flags: Whether each of the benchmark's own flags was given.
     """
 
@@ -80,6 +80,30 @@ class Settings:
     out: Path
     load_before: float
     flags: dict[str, bool]
+
+
+def cores_in_use(seconds: float = 1.0) -> float:
+    """How many cores other processes keep busy now; a load average tells of minutes ago.
+
+    Args:
+        seconds: How long to watch, asleep.
+
+    Returns:
+        Cores, or 0 where the system does not say (Linux does).
+    """
+    if not Path("/proc/stat").exists():
+        return 0.0
+
+    def ticks() -> tuple[int, int]:
+        user, nice, system, idle, iowait, *_ = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        )
+        return user + nice + system, user + nice + system + idle + iowait
+
+    busy_before, all_before = ticks()
+    time.sleep(seconds)
+    busy, total = ticks()
+    return (os.cpu_count() or 1) * (busy - busy_before) / max(1, total - all_before)
 
 
 def parse_settings(argv: Sequence[str] | None, description: str | None, **flags: str) -> Settings:
@@ -100,9 +124,9 @@ def parse_settings(argv: Sequence[str] | None, description: str | None, **flags:
     rounds = arguments.rounds or (3 if arguments.quick else 30)
     if rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
-    load = os.getloadavg()[0]
+    load = cores_in_use()
     if load > BUSY_LOAD:
-        print(f"The machine is busy (load {load:.1f}): steps on several threads will look slow.")
+        print(f"Others use {load:.1f} cores: steps on several threads will look slow.")
     return Settings(
         rounds=rounds,
         burst_seconds=0.001 if arguments.quick else 0.02,
@@ -356,7 +380,7 @@ def write_results(settings: Settings, name: str, results: dict[str, Any], figure
     (settings.out / f"{name}.json").write_text(text + "\n")
     where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
     if settings.load_before > BUSY_LOAD:
-        where += f"; measured on a busy machine, load {settings.load_before}: do not quote"
+        where += f"; others used {settings.load_before} cores: do not quote"
     figure.supxlabel(where, fontsize=8, color="0.45")
     figure.savefig(settings.out / f"{name}.png")
     print(f"\nwrote {name}.json and {name}.png")

@@ -185,10 +185,10 @@ class FusedSGDR(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         amp = self.__dict__
-        arguments = self.param_groups, self.state, amp.get("grad_scale"), amp.get("found_inf")
-        if not self._stepper.step(*arguments):
+        while not self._stepper.step(
+            self.param_groups, self.state, amp.get("grad_scale"), amp.get("found_inf")
+        ):
             self._fall_back()
-            self._stepper.step(*arguments)
         return loss
 
     # torch's own wrapper: the profiler range and the hooks.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sgdr_fused.schedule import CosineWarmRestarts, Position
+from sgdr_fused.schedule import CosineWarmRestarts, Position, is_finite
 
 __all__ = ["check_group", "drop_momentum", "move_group", "position_of", "sync_group"]
 
@@ -25,17 +25,17 @@ def check_group(group: Mapping[str, Any]) -> None:
     schedule = CosineWarmRestarts.of_group(group)
     lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
     # A tensor is what a GPU keeps, see device_state.py; a look at it would wait for the GPU.
-    if not isinstance(lr, Tensor) and (not _is_finite(lr) or lr < 0):
+    if not isinstance(lr, Tensor) and (not is_finite(lr) or lr < 0):
         raise ValueError(f"Invalid learning rate: {lr!r}; lr must be a finite float >= 0")
-    if not _is_finite(momentum) or momentum < 0:
+    if not is_finite(momentum) or momentum < 0:
         raise ValueError(
             f"Invalid momentum value: {momentum!r}; momentum must be a finite float >= 0"
         )
-    if not _is_finite(dampening):
+    if not is_finite(dampening):
         raise ValueError(
             f"Invalid dampening value: {dampening!r}; dampening must be a finite float"
         )
-    if not _is_finite(group["weight_decay"]) or group["weight_decay"] < 0:
+    if not is_finite(group["weight_decay"]) or group["weight_decay"] < 0:
         raise ValueError(
             f"Invalid weight_decay value: {group['weight_decay']!r}; "
             "weight_decay must be a finite float >= 0"
@@ -97,7 +97,3 @@ def sync_group(group: MutableMapping[str, Any], lr_before: object) -> None:
 
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

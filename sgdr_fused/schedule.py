@@ -86,7 +86,7 @@ class CosineWarmRestarts:
 
     def __post_init__(self) -> None:
         """Check every option."""
-        if not _is_finite(self.lr) or self.lr < 0:
+        if not is_finite(self.lr) or self.lr < 0:
             raise ValueError(f"Invalid learning rate: {self.lr!r}; lr must be a finite float >= 0")
         for name, least in (("T_0", 1), ("steps_per_epoch", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
@@ -103,15 +103,15 @@ class CosineWarmRestarts:
             raise ValueError(
                 f"Expected an integer n_cycles >= 1 or None, but got {self.n_cycles!r}"
             )
-        if not _is_finite(self.T_mult) or self.T_mult < 1:
+        if not is_finite(self.T_mult) or self.T_mult < 1:
             raise ValueError(f"Expected a finite T_mult >= 1, but got T_mult={self.T_mult!r}")
-        if not _is_finite(self.cycle_decay) or not 0 <= self.cycle_decay <= 1:
+        if not is_finite(self.cycle_decay) or not 0 <= self.cycle_decay <= 1:
             raise ValueError(
                 f"Expected a cycle_decay from 0 to 1, but got cycle_decay={self.cycle_decay!r}"
             )
         for name in ("eta_min", "warmup_start_lr"):
             value = getattr(self, name)
-            if not _is_finite(value) or value < 0:
+            if not is_finite(value) or value < 0:
                 raise ValueError(f"Expected a finite {name} >= 0, but got {name}={value!r}")
         if self.eta_min > self.lr:
             raise ValueError(
@@ -303,5 +303,6 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite Python number."""
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -14,7 +14,12 @@ from setuptools import setup
 
 PACKAGE = Path(__file__).parent / "sgdr_fused"
 
-SOURCES = ["csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/cpu/fused_step.cpp"]
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/stepper.cpp",
+    "csrc/stepper_on_gpu.cpp",
+    "csrc/cpu/fused_step.cpp",
+]
 CUDA_SOURCES = ["csrc/cuda/fused_step.cu"]
 
 # No fused multiply-add but those written out, see Note [Same bits everywhere] in csrc/sgdr_math.h.

@@ -3,161 +3,18 @@
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/DispatchKeySet.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
-#include <array>
+#include "python_dict.h"
+#include "tensor_kinds.h"
 
 namespace sgdr {
 namespace {
 
-#define SGDR_INTERNED(name)                                            \
-  PyObject* name() {                                                   \
-    static PyObject* const string = PyUnicode_InternFromString(#name); \
-    return string;                                                     \
-  }
-SGDR_INTERNED(params)
-SGDR_INTERNED(lr)
-SGDR_INTERNED(initial_lr)
-SGDR_INTERNED(momentum)
-SGDR_INTERNED(dampening)
-SGDR_INTERNED(weight_decay)
-SGDR_INTERNED(decoupled_weight_decay)
-SGDR_INTERNED(nesterov)
-SGDR_INTERNED(maximize)
-SGDR_INTERNED(T_0)
-SGDR_INTERNED(T_mult)
-SGDR_INTERNED(eta_min)
-SGDR_INTERNED(steps_per_epoch)
-SGDR_INTERNED(anneal)
-SGDR_INTERNED(warmup_steps)
-SGDR_INTERNED(warmup_start_lr)
-SGDR_INTERNED(cycle_decay)
-SGDR_INTERNED(n_cycles)
-SGDR_INTERNED(reset_momentum)
-SGDR_INTERNED(step)
-SGDR_INTERNED(cycle)
-SGDR_INTERNED(T_cur)
-SGDR_INTERNED(T_i)
-SGDR_INTERNED(momentum_buffer)
-#undef SGDR_INTERNED
-
-// Borrowed, or null where the dict has no such key.
-PyObject* find(PyObject* dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-// The same, for a key that is expected to be the dict's first.
-PyObject* find_first(PyObject* dict, PyObject* key) {
-  Py_ssize_t position = 0;
-  PyObject *first = nullptr, *value = nullptr;
-  return PyDict_Next(dict, &position, &first, &value) && first == key ? value : find(dict, key);
-}
-
-py::handle get(PyObject* dict, PyObject* key) {
-  PyObject* value = find(dict, key);
-  if (value == nullptr) throw py::key_error(py::str(py::handle(key)).cast<std::string>());
-  return value;
-}
-
-double number(PyObject* dict, PyObject* key) {
-  const double value = PyFloat_AsDouble(get(dict, key).ptr());
-  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-int64_t integer(PyObject* dict, PyObject* key) {
-  const int64_t value = PyLong_AsLongLong(get(dict, key).ptr());
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-bool truth(PyObject* dict, PyObject* key) {
-  const int value = PyObject_IsTrue(get(dict, key).ptr());
-  if (value == -1) throw py::error_already_set();
-  return value != 0;
-}
-
 // Of a number, or a tensor of one element, which a GPU has to be waited for.
 double to_double(const py::object& value) { return py::float_(value).cast<double>(); }
 
-// The momentum buffer in the state of a parameter; null where it has none.
-const at::Tensor* buffer_in(PyObject* state_of_param) {
-  PyObject* stored =
-      state_of_param == nullptr ? nullptr : find_first(state_of_param, momentum_buffer());
-  return stored != nullptr && THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : nullptr;
-}
-
-ElementType element_type(const at::TensorImpl& tensor) {
-  static constexpr auto kTypes = [] {
-    std::array<ElementType, static_cast<size_t>(at::ScalarType::NumOptions)> types{};
-    types.fill(ElementType::kNone);
-    types[static_cast<size_t>(at::kFloat)] = ElementType::kFloat;
-    types[static_cast<size_t>(at::kDouble)] = ElementType::kDouble;
-    types[static_cast<size_t>(at::kHalf)] = ElementType::kHalf;
-    types[static_cast<size_t>(at::kBFloat16)] = ElementType::kBFloat16;
-    return types;
-  }();
-  return kTypes[static_cast<size_t>(c10::typeMetaToScalarType(tensor.dtype()))];
-}
-
-// What an ordinary dense CPU tensor has for keys: no subclass, no lazy conjugation or negation.
-c10::DispatchKeySet plain_keys() {
-  const c10::InferenceMode off(false);
-  return at::empty({0}).unsafeGetTensorImpl()->key_set();
-}
-
-bool is_equal(at::IntArrayRef a, at::IntArrayRef b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (a[i] != b[i]) return false;
-  }
-  return true;
-}
-
-// The two hold the same elements in the same order of memory, without gaps.
-bool is_alike(const at::TensorImpl& param, const at::TensorImpl& other) {
-  if (!is_equal(param.sizes(), other.sizes())) return false;
-  if (param.is_contiguous()) return other.is_contiguous();
-  return param.is_non_overlapping_and_dense() && is_equal(param.strides(), other.strides());
-}
-
-const at::Tensor& grad_of(const at::TensorImpl& param) {
-  static const at::Tensor none;
-  // Not Tensor::grad(), which spends longer on a warning than we on the tensor.
-  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(param.autograd_meta());
-  return meta == nullptr ? none : meta->grad_;
-}
-
-// Of a plain tensor, that is: it has a storage, and its type is known.
-char* data_of(const at::TensorImpl& tensor, bool is_written, size_t element_size) {
-  at::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  const void* data = is_written ? storage->mutable_data() : storage->data();
-  return static_cast<char*>(const_cast<void*>(data)) +
-         tensor.storage_offset() * static_cast<int64_t>(element_size);
-}
-
-// The one number that a tensor holds, on a GPU as the kernel reads it; undefined for None.
-at::Tensor float_on(const py::object& value, c10::Device device) {
-  if (value.is_none()) return {};
-  const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
-  if (!THPVariable_Check(value.ptr())) return at::full({}, value.cast<double>(), options);
-  return THPVariable_Unpack(value.ptr()).to(options, /*non_blocking=*/true);
-}
-
 }  // namespace
-
-// Note [State on the GPU]
-// Where a group's schedule stands, its LR, and for each parameter whether its momentum buffer holds
-// nothing yet, are in the GPU's memory, and the kernel brings them up to date: the host does not
-// know whether a step was skipped, nor how often a graph was replayed. param_group["lr"], ["step"],
-// ["cycle"], ["T_cur"] and ["T_i"] are tensors that show this memory. What else is put there, or
-// into state as a momentum buffer, is written to the memory before the next launch; as a graph
-// would repeat that at each replay, it is an error while one is captured.
 
 Stepper::Stepper(py::function sync_group, py::function local_tensor)
     : host_keys_(plain_keys()),
@@ -225,7 +82,7 @@ void Stepper::sync_groups(const py::list& param_groups, const py::dict& state) {
 
 void Stepper::sync_group(Group& group, PyObject* dict, const py::dict& state) {
   const py::object lr_before = group.items.empty() ? py::none() : group.items.value(group.lr_index);
-  const bool lr_is_by_hand = !get(dict, lr()).is(lr_before);
+  const bool lr_is_by_hand = !get(dict, names::lr()).is(lr_before);
   const py::object state_before = group.on_gpu == nullptr ? py::none() : group.on_gpu->device_state;
   const py::object device_state = sync_group_(py::handle(dict), lr_before, state_before, state);
   Group synced = read_group(dict, device_state.is_none());
@@ -242,19 +99,6 @@ void Stepper::sync_group(Group& group, PyObject* dict, const py::dict& state) {
     }
   }
   group = std::move(synced);
-}
-
-Stepper::Tracked::Tracked(py::object param, const at::Tensor* buffer)
-    : param(std::move(param)), momentum_buffer(at::Tensor().getIntrusivePtr()) {
-  if (buffer != nullptr) set(*buffer);
-}
-
-void Stepper::Tracked::set(const at::Tensor& buffer) {
-  momentum_buffer = decltype(momentum_buffer)(buffer.getIntrusivePtr());
-}
-
-bool Stepper::Tracked::is(const at::TensorImpl* buffer) const {
-  return momentum_buffer._unsafe_get_target() == buffer;
 }
 
 // Whether sync_group() would find the group's state where it should be.
@@ -274,66 +118,48 @@ bool Stepper::Group::is_where_its_params_are() const {
   return true;
 }
 
-// Brings a parameter's first-step flag in line with the buffer in its state, if somebody else has
-// put it there or removed it.
-void Stepper::track(OnGpu& on_gpu, size_t index, PyObject* state_of_param) {
-  Tracked& tracked = on_gpu.params[index];
-  const at::Tensor* buffer = buffer_in(state_of_param);
-  const at::Tensor none;
-  if (buffer == nullptr) buffer = &none;
-  if (tracked.is(buffer->unsafeGetTensorImpl())) return;
-  if (is_capturing()) {
-    throw std::runtime_error(
-        "a momentum_buffer in the optimizer's state was set or removed since the last step; take "
-        "one step before the capture of a CUDA graph, which would repeat this at each replay");
-  }
-  on_gpu.memory.view(at::kByte)
-      .narrow(0, static_cast<int64_t>(sizeof(GroupMemory) + index), 1)
-      .fill_(buffer->defined() ? 0 : 1);
-  tracked.set(*buffer);
-}
-
 Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   Group group;
-  const bool by_epoch = get(dict, anneal()).cast<std::string>() == "epoch";
-  const int64_t epoch = integer(dict, steps_per_epoch());
-  const py::handle end = get(dict, n_cycles());
-  group.schedule = {.eta_max = number(dict, initial_lr()),
-                    .eta_min = number(dict, eta_min()),
-                    .T_mult = number(dict, T_mult()),
-                    .cycle_decay = number(dict, cycle_decay()),
-                    .warmup_start_lr = number(dict, warmup_start_lr()),
-                    .T_0 = integer(dict, T_0()) * epoch,
+  const bool by_epoch = get(dict, names::anneal()).cast<std::string>() == "epoch";
+  const int64_t epoch = integer(dict, names::steps_per_epoch());
+  const py::handle end = get(dict, names::n_cycles());
+  group.schedule = {.eta_max = number(dict, names::initial_lr()),
+                    .eta_min = number(dict, names::eta_min()),
+                    .T_mult = number(dict, names::T_mult()),
+                    .cycle_decay = number(dict, names::cycle_decay()),
+                    .warmup_start_lr = number(dict, names::warmup_start_lr()),
+                    .T_0 = integer(dict, names::T_0()) * epoch,
                     .anneal_every = by_epoch ? epoch : 1,
-                    .warmup_steps = integer(dict, warmup_steps()),
+                    .warmup_steps = integer(dict, names::warmup_steps()),
                     .n_cycles = end.is_none() ? kEndless : end.cast<int64_t>()};
   if (is_on_host) {
-    group.position = {.step = integer(dict, sgdr::step()),
-                      .cycle = integer(dict, cycle()),
-                      .T_cur = integer(dict, T_cur()),
-                      .T_i = integer(dict, T_i())};
+    group.position = {.step = integer(dict, names::step()),
+                      .cycle = integer(dict, names::cycle()),
+                      .T_cur = integer(dict, names::T_cur()),
+                      .T_i = integer(dict, names::T_i())};
   }
-  const double decay = number(dict, weight_decay());
-  group.update = {.scalars = {.lr = is_on_host ? number(dict, lr()) : 0,
-                              .momentum = number(dict, momentum()),
-                              .dampening = number(dict, dampening()),
+  const double decay = number(dict, names::weight_decay());
+  group.update = {.scalars = {.lr = is_on_host ? number(dict, names::lr()) : 0,
+                              .momentum = number(dict, names::momentum()),
+                              .dampening = number(dict, names::dampening()),
                               .weight_decay = decay,
                               .grad_divisor = 1},
-                  .weight_decay = decay == 0                              ? WeightDecay::kNone
-                                  : truth(dict, decoupled_weight_decay()) ? WeightDecay::kDecoupled
-                                                                          : WeightDecay::kL2,
-                  .momentum = number(dict, momentum()) != 0,
-                  .nesterov = truth(dict, nesterov())};
-  group.maximize = truth(dict, maximize());
-  group.reset_momentum = truth(dict, reset_momentum());
+                  .weight_decay = decay == 0 ? WeightDecay::kNone
+                                  : truth(dict, names::decoupled_weight_decay())
+                                      ? WeightDecay::kDecoupled
+                                      : WeightDecay::kL2,
+                  .momentum = number(dict, names::momentum()) != 0,
+                  .nesterov = truth(dict, names::nesterov())};
+  group.maximize = truth(dict, names::maximize());
+  group.reset_momentum = truth(dict, names::reset_momentum());
 
   group.items.take(dict);
-  group.lr_index = group.items.index_of(lr());
-  group.step_index = group.items.index_of(sgdr::step());
-  group.cycle_index = group.items.index_of(cycle());
-  group.T_cur_index = group.items.index_of(T_cur());
-  group.T_i_index = group.items.index_of(T_i());
-  group.params_index = group.items.index_of(params());
+  group.lr_index = group.items.index_of(names::lr());
+  group.step_index = group.items.index_of(names::step());
+  group.cycle_index = group.items.index_of(names::cycle());
+  group.T_cur_index = group.items.index_of(names::T_cur());
+  group.T_i_index = group.items.index_of(names::T_i());
+  group.params_index = group.items.index_of(names::params());
   return group;
 }
 
@@ -399,69 +225,6 @@ bool Stepper::gather(PyObject* state) {
   return true;
 }
 
-bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
-  OnGpu& on_gpu = *group.on_gpu;
-  const bool capturing = is_capturing();
-  GpuStep& step = step_of_gpu(on_gpu.memory.device().index());
-  const auto index = static_cast<uint32_t>(step.groups.size());
-  auto* const memory = static_cast<char*>(on_gpu.memory.mutable_data_ptr());
-  step.groups.push_back({.schedule = group.schedule,
-                         .momentum = group.update.scalars.momentum,
-                         .dampening = group.update.scalars.dampening,
-                         .weight_decay = group.update.scalars.weight_decay,
-                         .state = reinterpret_cast<GroupState*>(memory),
-                         .first_step = reinterpret_cast<uint8_t*>(memory) + sizeof(GroupMemory),
-                         .param_count = static_cast<uint32_t>(on_gpu.params.size()),
-                         .decay = group.update.weight_decay,
-                         .lr_source = on_gpu.lr_source,
-                         .has_momentum = group.update.momentum,
-                         .nesterov = group.update.nesterov,
-                         .maximize = group.maximize,
-                         .reset_momentum = group.reset_momentum,
-                         .advances = false});
-
-  const struct Guard {
-    explicit Guard(Stepper& stepper) : stepper(stepper) {}
-    ~Guard() {
-      stepper.plain_keys_ = stepper.host_keys_;
-      stepper.device_ = at::kCPU;
-      stepper.gathered_ = &stepper.entries_;
-    }
-    Stepper& stepper;
-  } guard(*this);
-  plain_keys_ = on_gpu.memory.key_set();
-  device_ = on_gpu.memory.device();
-  gathered_ = &step.tensors;
-
-  for (size_t i = 0; i < on_gpu.params.size(); ++i, ++slot) {
-    PyObject* param = on_gpu.params[i].param.ptr();
-    if (slot >= slots_.size() || slots_[slot].param != param) find_slots(state);
-    if (group.update.momentum) track(on_gpu, i, slots_[slot].state);
-    const size_t gathered = operands_.size();
-    const size_t created = new_buffers_.size();
-    if (!gather_param(group, index, slots_[slot])) return false;
-    if (operands_.size() == gathered) continue;
-    for (const at::TensorImpl* tensor :
-         {operands_.back().param, operands_.back().grad, operands_.back().momentum_buffer}) {
-      if (tensor != nullptr && tensor->device() != device_) return false;
-    }
-    step.param_indices.push_back(static_cast<uint32_t>(i));
-    if (new_buffers_.size() == created) continue;
-    new_buffers_.back().tracked = &on_gpu.params[i];
-    // For whoever looks at it after a skipped step. The kernel goes by the flag, and a graph would
-    // repeat this.
-    if (!capturing) new_buffers_.back().momentum_buffer.zero_();
-  }
-  return true;
-}
-
-Stepper::GpuStep& Stepper::step_of_gpu(c10::DeviceIndex gpu) {
-  for (GpuStep& step : gpu_steps_) {
-    if (step.gpu == gpu) return step;
-  }
-  return gpu_steps_.emplace_back(GpuStep{gpu, {}, {}, {}});
-}
-
 [[gnu::flatten]] bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   if (!THPVariable_Check(slot.param)) return false;
   const at::Tensor& param = THPVariable_Unpack(slot.param);
@@ -471,7 +234,8 @@ Stepper::GpuStep& Stepper::step_of_gpu(c10::DeviceIndex gpu) {
   at::Tensor new_buffer;
   const at::Tensor* buffer = &new_buffer;
   if (group.update.momentum) {
-    PyObject* stored = slot.state == nullptr ? nullptr : find_first(slot.state, momentum_buffer());
+    PyObject* stored =
+        slot.state == nullptr ? nullptr : find_first(slot.state, names::momentum_buffer());
     if (stored != nullptr && stored != Py_None) {
       if (!THPVariable_Check(stored)) return false;
       buffer = &THPVariable_Unpack(stored);
@@ -579,27 +343,6 @@ at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& oth
   return copy;
 }
 
-void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_inf) {
-  const bool capturing = is_capturing();
-  for (const GpuStep& step : gpu_steps_) {
-    const c10::Device device(at::kCUDA, step.gpu);
-    const c10::DeviceGuard guard(device);
-    const at::Tensor scale = float_on(grad_scale, device);
-    const at::Tensor inf = float_on(found_inf, device);
-    fused_step_cuda(step.gpu,
-                    {.groups = step.groups,
-                     .tensors = step.tensors,
-                     .param_indices = step.param_indices,
-                     .grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-                     .found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr});
-  }
-  // The kernel has written the new LR, unless the step was skipped or is yet to be replayed.
-  if (capturing || !found_inf.is_none()) return;
-  for (Group& group : groups_) {
-    if (group.on_gpu != nullptr) group.on_gpu->lr_source = LrSource::kState;
-  }
-}
-
 void Stepper::run() {
   const FusedStep fused_step{.tensors = entries_, .groups = group_steps_, .numel = numel_};
   if (entries_.empty()) {
@@ -634,7 +377,7 @@ void Stepper::store_momentum_buffers(const py::dict& state) {
     const py::object buffer =
         py::reinterpret_steal<py::object>(THPVariable_Wrap(created.momentum_buffer));
     const py::object of_param = state[py::handle(created.param)];
-    of_param[py::handle(momentum_buffer())] = buffer;
+    of_param[py::handle(names::momentum_buffer())] = buffer;
     if (created.tracked != nullptr) created.tracked->set(created.momentum_buffer);
   }
 }
@@ -651,8 +394,8 @@ void Stepper::advance_group(Group& group, PyObject* dict, const py::dict& state)
   if (!group.reset_momentum || !at_restart(group.schedule, group.position)) return;
   for (const py::handle param : py::reinterpret_borrow<py::list>(group.params())) {
     if (PyObject* of_param = find(state.ptr(), param.ptr());
-        of_param != nullptr && find(of_param, momentum_buffer()))
-      py::reinterpret_borrow<py::dict>(of_param).attr("pop")(py::handle(momentum_buffer()));
+        of_param != nullptr && find(of_param, names::momentum_buffer()))
+      py::reinterpret_borrow<py::dict>(of_param).attr("pop")(py::handle(names::momentum_buffer()));
   }
 }
 

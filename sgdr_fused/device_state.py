@@ -25,7 +25,7 @@ class DeviceState:
 
     A group whose parameters are on a GPU shows these in ``param_group["step"]``, ``["cycle"]``,
     ``["T_cur"]``, ``["T_i"]`` and ``["lr"]``: tensors without dimensions, of which a read waits for
-    the GPU. See Note [State on the GPU] in csrc/stepper.cpp.
+    the GPU. See Note [State on the GPU] in csrc/stepper_on_gpu.cpp.
 
     Args:
         memory: The memory, as int64.

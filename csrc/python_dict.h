@@ -1,0 +1,89 @@
+// Reads of the Python dicts that a param group and a parameter's state are.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace sgdr {
+
+namespace py = pybind11;
+
+namespace names {
+#define SGDR_INTERNED(name)                                            \
+  inline PyObject* name() {                                            \
+    static PyObject* const string = PyUnicode_InternFromString(#name); \
+    return string;                                                     \
+  }
+SGDR_INTERNED(params)
+SGDR_INTERNED(lr)
+SGDR_INTERNED(initial_lr)
+SGDR_INTERNED(momentum)
+SGDR_INTERNED(dampening)
+SGDR_INTERNED(weight_decay)
+SGDR_INTERNED(decoupled_weight_decay)
+SGDR_INTERNED(nesterov)
+SGDR_INTERNED(maximize)
+SGDR_INTERNED(T_0)
+SGDR_INTERNED(T_mult)
+SGDR_INTERNED(eta_min)
+SGDR_INTERNED(steps_per_epoch)
+SGDR_INTERNED(anneal)
+SGDR_INTERNED(warmup_steps)
+SGDR_INTERNED(warmup_start_lr)
+SGDR_INTERNED(cycle_decay)
+SGDR_INTERNED(n_cycles)
+SGDR_INTERNED(reset_momentum)
+SGDR_INTERNED(step)
+SGDR_INTERNED(cycle)
+SGDR_INTERNED(T_cur)
+SGDR_INTERNED(T_i)
+SGDR_INTERNED(momentum_buffer)
+#undef SGDR_INTERNED
+}  // namespace names
+
+// Borrowed, or null where the dict has no such key.
+inline PyObject* find(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// The same, for a key that is expected to be the dict's first.
+inline PyObject* find_first(PyObject* dict, PyObject* key) {
+  Py_ssize_t position = 0;
+  PyObject *first = nullptr, *value = nullptr;
+  return PyDict_Next(dict, &position, &first, &value) && first == key ? value : find(dict, key);
+}
+
+inline py::handle get(PyObject* dict, PyObject* key) {
+  PyObject* value = find(dict, key);
+  if (value == nullptr) throw py::key_error(py::str(py::handle(key)).cast<std::string>());
+  return value;
+}
+
+inline double number(PyObject* dict, PyObject* key) {
+  const double value = PyFloat_AsDouble(get(dict, key).ptr());
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+inline int64_t integer(PyObject* dict, PyObject* key) {
+  const int64_t value = PyLong_AsLongLong(get(dict, key).ptr());
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+inline bool truth(PyObject* dict, PyObject* key) {
+  const int value = PyObject_IsTrue(get(dict, key).ptr());
+  if (value == -1) throw py::error_already_set();
+  return value != 0;
+}
+
+// The momentum buffer in the state of a parameter; null where it has none.
+inline const at::Tensor* buffer_in(PyObject* state_of_param) {
+  PyObject* stored =
+      state_of_param == nullptr ? nullptr : find_first(state_of_param, names::momentum_buffer());
+  return stored != nullptr && THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : nullptr;
+}
+
+}  // namespace sgdr

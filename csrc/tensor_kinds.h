@@ -1,0 +1,65 @@
+// What a tensor is to a kernel: an element type, a layout, an address.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <array>
+
+#include "tensor_list.h"
+
+namespace sgdr {
+
+inline ElementType element_type(const at::TensorImpl& tensor) {
+  static constexpr auto kTypes = [] {
+    std::array<ElementType, static_cast<size_t>(at::ScalarType::NumOptions)> types{};
+    types.fill(ElementType::kNone);
+    types[static_cast<size_t>(at::kFloat)] = ElementType::kFloat;
+    types[static_cast<size_t>(at::kDouble)] = ElementType::kDouble;
+    types[static_cast<size_t>(at::kHalf)] = ElementType::kHalf;
+    types[static_cast<size_t>(at::kBFloat16)] = ElementType::kBFloat16;
+    return types;
+  }();
+  return kTypes[static_cast<size_t>(c10::typeMetaToScalarType(tensor.dtype()))];
+}
+
+// What an ordinary dense CPU tensor has for keys: no subclass, no lazy conjugation or negation.
+inline c10::DispatchKeySet plain_keys() {
+  const c10::InferenceMode off(false);
+  return at::empty({0}).unsafeGetTensorImpl()->key_set();
+}
+
+inline bool is_equal(at::IntArrayRef a, at::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
+}
+
+// The two hold the same elements in the same order of memory, without gaps.
+inline bool is_alike(const at::TensorImpl& param, const at::TensorImpl& other) {
+  if (!is_equal(param.sizes(), other.sizes())) return false;
+  if (param.is_contiguous()) return other.is_contiguous();
+  return param.is_non_overlapping_and_dense() && is_equal(param.strides(), other.strides());
+}
+
+inline const at::Tensor& grad_of(const at::TensorImpl& param) {
+  static const at::Tensor none;
+  // Not Tensor::grad(), which spends longer on a warning than we on the tensor.
+  const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(param.autograd_meta());
+  return meta == nullptr ? none : meta->grad_;
+}
+
+// Of a plain tensor, that is: it has a storage, and its type is known.
+inline char* data_of(const at::TensorImpl& tensor, bool is_written, size_t element_size) {
+  at::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  const void* data = is_written ? storage->mutable_data() : storage->data();
+  return static_cast<char*>(const_cast<void*>(data)) +
+         tensor.storage_offset() * static_cast<int64_t>(element_size);
+}
+
+}  // namespace sgdr

@@ -19,6 +19,7 @@ SOURCES = [
     "csrc/stepper.cpp",
     "csrc/stepper_on_gpu.cpp",
     "csrc/cpu/fused_step.cpp",
+    "csrc/cpu/grad_norm.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/fused_step.cu"]
 

@@ -10,9 +10,15 @@ namespace sgdr {
 
 struct GroupStep {
   GroupScalars scalars;
-  WeightDecay weight_decay;
-  bool momentum;
-  bool nesterov;
+  WeightDecay weight_decay = WeightDecay::kDecoupled;
+  Direction direction = Direction::kGrad;
+  // Stochastically, where the type is narrower than that of the arithmetic.
+  bool rounds_param = false;
+  bool rounds_momentum = false;
+  uint64_t seed = 0;
+  int64_t step = 0;  // applied before
+
+  bool has_momentum() const { return direction != Direction::kGrad; }
 };
 
 struct FusedStep {
@@ -32,5 +38,8 @@ inline bool is_worth_threads(const FusedStep& step) {
 }
 
 void fused_step_cpu(const FusedStep& step);
+
+// Of all gradients, as they are: see Note [Sum of squares].
+double sum_of_squared_grads_cpu(const FusedStep& step);
 
 }  // namespace sgdr

@@ -1,6 +1,7 @@
 // The arithmetic of schedule and update, once, for host and device. Read this file first.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -79,6 +80,11 @@ SGDR_HD bool at_restart(const Schedule& schedule, const Position& position) {
   return position.T_cur == 0 && position.cycle > 0 && position.cycle < schedule.n_cycles;
 }
 
+// Whether the next step ends a cycle, after which "swa" averages the weights.
+SGDR_HD bool ends_cycle(const Schedule& schedule, const Position& position) {
+  return position.T_cur + 1 >= position.T_i && position.cycle < schedule.n_cycles;
+}
+
 SGDR_HD double cos_of_pi_times(double numerator, double denominator) {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
   return cospi(numerator / denominator);
@@ -105,19 +111,27 @@ SGDR_HD double learning_rate(const Schedule& schedule, const Position& position)
 // ------------------------------------------------------------------------------------------------
 // update
 
-enum class WeightDecay : uint8_t { kNone, kL2, kDecoupled };
+// Note [Fewer loops]
+// Two loops stand for several options, as the bits are the same:
+// - no weight decay is decoupled weight decay by 0, as p * 1 is p;
+// - a parameter's first step is a later one without dampening that finds -0 in the momentum buffer,
+//   as 1 * g + momentum * -0 is g, even where g is -0.
+constexpr double kEmptyMomentum = -0.0;
 
-// kFirst: the parameter's first applied step, where the momentum buffer starts as the gradient
-// itself.
-enum class Momentum : uint8_t { kNone, kFirst, kRunning };
+enum class WeightDecay : uint8_t { kL2, kDecoupled };
+
+// What is subtracted from the parameter; with kGrad there is no momentum buffer.
+enum class Direction : uint8_t { kGrad, kMomentumBuffer, kNesterov };
+
+// Multiplied by the clip coefficient, and divided by grad_scale before.
+enum class GradScale : uint8_t { kNone, kMultiply, kDivideAndMultiply };
 
 // What decides the shape of the element update; known outside the loop, so the loop has no branch.
-template <bool kScaleGrad, WeightDecay kDecay, Momentum kMomentum, bool kNesterov>
+template <GradScale kScale, WeightDecay kDecay, Direction kDirection>
 struct UpdateOptions {
-  static constexpr bool scale_grad = kScaleGrad;
+  static constexpr GradScale grad_scale = kScale;
   static constexpr WeightDecay weight_decay = kDecay;
-  static constexpr Momentum momentum = kMomentum;
-  static constexpr bool nesterov = kNesterov;
+  static constexpr Direction direction = kDirection;
 };
 
 // A group's numbers for one step, as the user gave them.
@@ -126,13 +140,20 @@ struct GroupScalars {
   double momentum;
   double dampening;
   double weight_decay;
-  double grad_divisor;  // grad_scale, negative if maximize: g / -s is -(g / s), exactly
+  double grad_divisor = 1;     // grad_scale
+  double grad_multiplier = 1;  // clip coefficient, negative if maximize
 };
+
+SGDR_HD GradScale grad_scale_of(const GroupScalars& s) {
+  if (s.grad_divisor != 1) return GradScale::kDivideAndMultiply;
+  return s.grad_multiplier != 1 ? GradScale::kMultiply : GradScale::kNone;
+}
 
 // The same, rounded once to the type of the arithmetic.
 template <class T>
 struct UpdateScalars {
-  T minus_lr, momentum, one_minus_dampening, weight_decay, one_minus_lr_weight_decay, grad_divisor;
+  T minus_lr, momentum, one_minus_dampening, weight_decay, one_minus_lr_weight_decay, grad_divisor,
+      grad_multiplier;
 
   SGDR_HD explicit UpdateScalars(const GroupScalars& s)
       : minus_lr(static_cast<T>(-s.lr)),
@@ -140,7 +161,8 @@ struct UpdateScalars {
         one_minus_dampening(static_cast<T>(1 - s.dampening)),
         weight_decay(static_cast<T>(s.weight_decay)),
         one_minus_lr_weight_decay(static_cast<T>(1 - s.lr * s.weight_decay)),
-        grad_divisor(static_cast<T>(s.grad_divisor)) {}
+        grad_divisor(static_cast<T>(s.grad_divisor)),
+        grad_multiplier(static_cast<T>(s.grad_multiplier)) {}
 };
 
 SGDR_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -149,23 +171,151 @@ SGDR_HD double fused_multiply_add(double a, double b, double c) { return fma(a, 
 // One element of torch.optim.SGD's step, in torch's order of operations. T is float or double.
 template <class Options, class T>
 SGDR_HD void sgd_update(T& param, T grad, T& momentum_buffer, const UpdateScalars<T>& s) {
-  if constexpr (Options::scale_grad) grad = grad / s.grad_divisor;
+  if constexpr (Options::grad_scale == GradScale::kDivideAndMultiply) grad = grad / s.grad_divisor;
+  if constexpr (Options::grad_scale != GradScale::kNone) grad = grad * s.grad_multiplier;
   if constexpr (Options::weight_decay == WeightDecay::kL2)
     grad = fused_multiply_add(s.weight_decay, param, grad);
-  if constexpr (Options::weight_decay == WeightDecay::kDecoupled)
+  else
     param *= s.one_minus_lr_weight_decay;
 
   T direction = grad;
-  if constexpr (Options::momentum != Momentum::kNone) {
-    if constexpr (Options::momentum == Momentum::kFirst)
-      momentum_buffer = grad;
-    else
-      momentum_buffer =
-          fused_multiply_add(s.one_minus_dampening, grad, s.momentum * momentum_buffer);
-    direction =
-        Options::nesterov ? fused_multiply_add(s.momentum, momentum_buffer, grad) : momentum_buffer;
+  if constexpr (Options::direction != Direction::kGrad) {
+    momentum_buffer =
+        fused_multiply_add(s.one_minus_dampening, grad, s.momentum * momentum_buffer);
+    direction = Options::direction == Direction::kNesterov
+                    ? fused_multiply_add(s.momentum, momentum_buffer, grad)
+                    : momentum_buffer;
   }
   param = fused_multiply_add(s.minus_lr, direction, param);
+}
+
+// ------------------------------------------------------------------------------------------------
+// average of the weights
+
+// An average that holds nothing yet has decay 0, and becomes the parameter.
+template <class T>
+struct EmaScalars {
+  T decay, one_minus_decay;
+
+  SGDR_HD explicit EmaScalars(double decay)
+      : decay(static_cast<T>(decay)), one_minus_decay(static_cast<T>(1 - decay)) {}
+};
+
+template <class T>
+SGDR_HD T ema_update(T ema, T param, const EmaScalars<T>& s) {
+  return s.decay == 0 ? param : fused_multiply_add(s.one_minus_decay, param, s.decay * ema);
+}
+
+// With which the average of n becomes that of n + 1, each with the same weight.
+SGDR_HD double decay_of_equal_average(int64_t n) {
+  return static_cast<double>(n) / static_cast<double>(n + 1);
+}
+
+// ------------------------------------------------------------------------------------------------
+// norm of the gradients
+
+// Note [Sum of squares]
+// The sum is taken in one order, whatever the number of threads or blocks: a chunk of kNormChunk
+// elements has kNormLanes sums, in double, lane l of the elements l, l + kNormLanes, ... in this
+// order; then the upper half of the lanes is added to the lower one until one is left. The sums of
+// all chunks, in the order of the tensors, are added up in the same way, as one long chunk. Squares
+// of float data in double are exact and do not overflow.
+constexpr int64_t kNormChunk = 4096;
+constexpr int64_t kNormLanes = 128;
+
+SGDR_HD double square(double x) { return x * x; }
+
+// grad_scale is taken out of the norm, not out of every gradient.
+SGDR_HD double grad_norm(double sum_of_squares, double grad_scale) {
+  return sqrt(sum_of_squares) / fabs(grad_scale);
+}
+
+// torch.nn.utils.clip_grad_norm_'s. A norm of NaN gives NaN, as there.
+SGDR_HD double clip_coefficient(double grad_norm, double max_grad_norm) {
+  const double coefficient = max_grad_norm / (grad_norm + 1e-6);
+  return coefficient >= 1 ? 1 : coefficient;
+}
+
+SGDR_HD bool is_finite(double x) { return x - x == 0; }
+
+// ------------------------------------------------------------------------------------------------
+// stochastic rounding
+
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Of a
+// counter and a key, in place of the counter.
+SGDR_HD void philox(uint32_t (&counter)[4], uint64_t key) {
+  uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product_0 = uint64_t{0xD2511F53} * counter[0];
+    const uint64_t product_1 = uint64_t{0xCD9E8D57} * counter[2];
+    counter[0] = static_cast<uint32_t>(product_1 >> 32) ^ counter[1] ^ key_0;
+    counter[1] = static_cast<uint32_t>(product_1);
+    counter[2] = static_cast<uint32_t>(product_0 >> 32) ^ counter[3] ^ key_1;
+    counter[3] = static_cast<uint32_t>(product_0);
+    key_0 += 0x9E3779B9;
+    key_1 += 0xBB67AE85;
+  }
+}
+
+// Which of a parameter's values is rounded.
+enum class Rounded : uint8_t { kParam, kMomentumBuffer };
+
+// What a step's random numbers for one parameter depend on, besides the element.
+struct RandomKey {
+  uint64_t seed;
+  uint32_t step;
+  uint32_t param_index;  // among those of all groups
+};
+
+// Note [Random bits]
+// One draw serves kDrawNumel consecutive elements, 16 bits each: element i takes the half i % 8 of
+// the draw's 128 bits, its upper three bits flipped by those of (i / 8) % 8. So every element's
+// bits are uniform, and the eight elements that share a half are spread evenly over the unit
+// interval.
+constexpr int64_t kDrawNumel = 64;
+
+SGDR_HD void draw(const RandomKey& key, Rounded rounded, int64_t index, uint32_t (&words)[4]) {
+  words[0] = static_cast<uint32_t>(index);
+  words[1] = static_cast<uint32_t>(index >> 32) << 1 | static_cast<uint32_t>(rounded);
+  words[2] = key.param_index;
+  words[3] = key.step;
+  philox(words, key.seed);
+}
+
+// Of element i of a draw.
+SGDR_HD uint32_t bits_of_element(const uint32_t (&words)[4], uint32_t i) {
+  const uint32_t half = words[i % 8 / 2] >> (i % 2 * 16) & 0xFFFF;
+  return half ^ (i / 8 % 8) << 13;
+}
+
+// Up with the probability of the part that is cut off, else down; `bits` is of 16 random bits. The
+// result is the number's representation.
+SGDR_HD uint16_t round_to_bfloat16(float value, uint32_t bits) {
+  const uint32_t exact = std::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = exact & 0x7FFFFFFF;
+  const uint32_t rounded = exact + bits;
+  const uint32_t kept = magnitude > 0x7F800000   ? exact | 0x00400000  // NaN
+                        : magnitude < 0x7F800000 ? rounded
+                                                 : exact;
+  return static_cast<uint16_t>(kept >> 16);
+}
+
+SGDR_HD uint16_t round_to_float16(float value, uint32_t bits) {
+  const uint32_t exact = std::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = exact & 0x7FFFFFFF;
+  const uint32_t cut_off = bits >> 3;  // 13 bits are
+  // Below 2^-14 in units of 2^-24, with 13 bits after the point. The number is small, and so is
+  // what the compiler computes for one that is not.
+  const float small = magnitude < 0x38800000 ? std::bit_cast<float>(magnitude) : 0.0f;
+  const uint32_t subnormal =
+      (static_cast<uint32_t>(static_cast<int32_t>(small * 137438953472.0f)) + cut_off) >> 13;
+  const uint32_t up = magnitude + cut_off;
+  const uint32_t normal = up < 0x47800000 ? (up - 0x38000000) >> 13 : 0x7C00;
+  const uint32_t infinite = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+  const uint32_t result = magnitude < 0x38800000    ? subnormal
+                          : magnitude >= 0x7F800000 ? infinite
+                                                    : normal;
+  return static_cast<uint16_t>(exact >> 16 & 0x8000) | static_cast<uint16_t>(result);
 }
 
 }  // namespace sgdr

@@ -25,18 +25,28 @@ constexpr size_t element_size(ElementType type) {
   return 0;
 }
 
-// One parameter of this step. Its grad and momentum buffer hold the same number of elements in the
-// same order.
+// The type that the arithmetic on a parameter is in, and that an average of it is stored in.
+constexpr ElementType arithmetic_type(ElementType param_type) {
+  return param_type == ElementType::kDouble ? ElementType::kDouble : ElementType::kFloat;
+}
+
+// One parameter of this step. Its other tensors hold as many elements in the same order.
 struct TensorEntry {
-  void* param;
+  void* param;  // the master copy, where there is one
   const void* grad;
-  void* momentum_buffer;  // null without momentum
+  void* momentum_buffer;                // null without momentum
+  void* ema = nullptr;                  // null where nothing is averaged in this step
+  void* low_precision_param = nullptr;  // of which `param` is the master copy, or null
   int64_t numel;
+  double ema_decay = 0;  // 0: the average holds nothing yet
   uint32_t group;
+  uint32_t param_index = 0;  // among those of all groups
   ElementType param_type;
   ElementType grad_type;
   ElementType momentum_type;
-  bool first_step;  // the momentum buffer is to be initialised, and holds nothing yet
+  ElementType low_precision_type = ElementType::kNone;
+  bool first_step;          // the momentum buffer holds nothing yet
+  bool new_master = false;  // the master copy holds nothing yet
 };
 
 // Elements [begin, end) of one entry.
@@ -58,6 +68,13 @@ inline std::vector<Chunk> divide_into_chunks(std::span<const TensorEntry> entrie
     }
   }
   return chunks;
+}
+
+// The sum over all entries of the chunks that each makes.
+inline int64_t count_chunks(std::span<const TensorEntry> entries, int64_t chunk_size) {
+  int64_t count = 0;
+  for (const TensorEntry& entry : entries) count += (entry.numel + chunk_size - 1) / chunk_size;
+  return count;
 }
 
 }  // namespace sgdr

@@ -1,12 +1,11 @@
 #include "../fused_step.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
+#include "instruction_set.h"
 #include "loops.h"
 
 namespace sgdr {
@@ -15,7 +14,8 @@ namespace {
 
 constexpr int64_t kChunkNumel = 1 << 14;
 constexpr size_t kAhead = 3;
-constexpr int64_t kBlockNumel = 256;  // three blocks of doubles stay in the first-level cache
+constexpr int64_t kBlockNumel = 512;  // four blocks of doubles stay in the first-level cache
+static_assert(kChunkNumel % kBlockNumel == 0 && kBlockNumel % kDrawNumel == 0);
 
 template <class T>
 constexpr ElementType kElementType =
@@ -24,18 +24,24 @@ constexpr ElementType kElementType =
 // What the tensors of one group have in common, for arithmetic in T.
 template <class T>
 struct GroupLoops {
+  const GroupStep* group;
   UpdateScalars<T> scalars;
+  UpdateScalars<T> first_scalars;  // see Note [Fewer loops]
   UpdateLoop<T> update;
-  UpdateLoop<T> first_update;
 
   template <class InstructionSet>
   GroupLoops(const GroupStep& group, InstructionSet)
-      : scalars(group.scalars),
-        update(find_update_loop<InstructionSet, T>(
-            group, group.momentum ? Momentum::kRunning : Momentum::kNone)),
-        first_update(find_update_loop<InstructionSet, T>(
-            group, group.momentum ? Momentum::kFirst : Momentum::kNone)) {}
+      : group(&group),
+        scalars(group.scalars),
+        first_scalars(group.scalars),
+        update(find_update_loop<InstructionSet, T>(group)) {
+    first_scalars.one_minus_dampening = 1;
+  }
 };
+
+bool is_rounded(bool stochastically, ElementType type) {
+  return stochastically && element_size(type) == 2;
+}
 
 // A stretch of a tensor in the type of the arithmetic: the tensor's own memory where it has that
 // type, else a copy.
@@ -47,11 +53,15 @@ class Operand {
 
   bool is_direct() const { return type_ == kElementType<T>; }
 
-  T* load(int64_t begin, int64_t numel, bool has_content = true) {
+  // Without the content.
+  T* block(int64_t begin) {
+    return is_direct() ? reinterpret_cast<T*>(memory_) + begin : block_;
+  }
+
+  T* load(int64_t begin, int64_t numel) {
     if (memory_ == nullptr) return nullptr;
-    if (is_direct()) return reinterpret_cast<T*>(memory_) + begin;
-    if (has_content) find_load_loop<InstructionSet, T>(type_)(at(begin), block_, numel);
-    return block_;
+    if (!is_direct()) find_load_loop<InstructionSet, T>(type_)(at(begin), block_, numel);
+    return block(begin);
   }
 
   void store(int64_t begin, int64_t numel) {
@@ -59,44 +69,81 @@ class Operand {
     find_store_loop<InstructionSet, T>(type_)(block_, at(begin), numel);
   }
 
- private:
+  void store_rounded(int64_t begin, int64_t numel, const RandomKey& key, Rounded rounded) {
+    find_round_loop<InstructionSet, T>(type_)(block_, at(begin), numel, key, rounded, begin);
+  }
+
   char* at(int64_t index) const {
     return memory_ + index * static_cast<int64_t>(element_size(type_));
   }
 
+ private:
   char* memory_;
   ElementType type_;
   alignas(64) T block_[kBlockNumel];
 };
 
 template <class InstructionSet, class T>
-void update_by_blocks(const TensorEntry& entry, int64_t begin, int64_t end, UpdateLoop<T> update,
-                      const UpdateScalars<T>& scalars) {
+void update_by_blocks(const TensorEntry& entry, int64_t begin, int64_t end,
+                      const GroupLoops<T>& loops) {
+  const GroupStep& group = *loops.group;
+  const UpdateScalars<T>& scalars = entry.first_step ? loops.first_scalars : loops.scalars;
+  const bool rounds_param = is_rounded(group.rounds_param, entry.param_type);
+  const bool rounds_momentum =
+      is_rounded(group.rounds_momentum, entry.momentum_type) && entry.momentum_buffer != nullptr;
+  const RandomKey key{group.seed, static_cast<uint32_t>(group.step), entry.param_index};
   Operand<InstructionSet, T> param(entry.param, entry.param_type);
   Operand<InstructionSet, T> grad(entry.grad, entry.grad_type);
   Operand<InstructionSet, T> momentum_buffer(entry.momentum_buffer, entry.momentum_type);
+  T* const ema = static_cast<T*>(entry.ema);
+  char* const low_precision_param = static_cast<char*>(entry.low_precision_param);
+  const auto low_precision_size = static_cast<int64_t>(element_size(entry.low_precision_type));
   for (; begin < end; begin += kBlockNumel) {
     const int64_t numel = std::min(kBlockNumel, end - begin);
-    update(param.load(begin, numel), grad.load(begin, numel),
-           momentum_buffer.load(begin, numel, !entry.first_step), numel, scalars);
-    param.store(begin, numel);
-    momentum_buffer.store(begin, numel);
+    char* const low_precision = low_precision_param + begin * low_precision_size;
+    T* const p = entry.new_master ? param.block(begin) : param.load(begin, numel);
+    if (entry.new_master)
+      find_load_loop<InstructionSet, T>(entry.low_precision_type)(low_precision, p, numel);
+    T* m = nullptr;
+    if (entry.momentum_buffer != nullptr && entry.first_step) {
+      m = momentum_buffer.block(begin);
+      std::fill_n(m, numel, T{kEmptyMomentum});
+    } else {
+      m = momentum_buffer.load(begin, numel);
+    }
+
+    loops.update(p, grad.load(begin, numel), m, numel, scalars);
+
+    if (ema != nullptr)
+      InstructionSet::template update_ema<T>(ema + begin, p, numel, entry.ema_decay);
+    if (rounds_param)
+      param.store_rounded(begin, numel, key, Rounded::kParam);
+    else
+      param.store(begin, numel);
+    if (rounds_momentum)
+      momentum_buffer.store_rounded(begin, numel, key, Rounded::kMomentumBuffer);
+    else
+      momentum_buffer.store(begin, numel);
+    if (low_precision_param != nullptr)
+      find_store_loop<InstructionSet, T>(entry.low_precision_type)(p, low_precision, numel);
   }
 }
 
 template <class InstructionSet, class T>
 void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
                   const GroupLoops<T>& loops) {
-  const UpdateLoop<T> update = entry.first_step ? loops.first_update : loops.update;
   constexpr ElementType kDirect = kElementType<T>;
-  if (entry.param_type != kDirect || entry.grad_type != kDirect || entry.momentum_type != kDirect) {
-    update_by_blocks<InstructionSet>(entry, begin, end, update, loops.scalars);
+  const bool is_direct = entry.param_type == kDirect && entry.grad_type == kDirect &&
+                         entry.momentum_type == kDirect;
+  if (!is_direct || entry.first_step || entry.ema != nullptr ||
+      entry.low_precision_param != nullptr) {
+    update_by_blocks<InstructionSet>(entry, begin, end, loops);
     return;
   }
   T* momentum_buffer = static_cast<T*>(entry.momentum_buffer);
-  update(static_cast<T*>(entry.param) + begin, static_cast<const T*>(entry.grad) + begin,
-         momentum_buffer == nullptr ? nullptr : momentum_buffer + begin, end - begin,
-         loops.scalars);
+  loops.update(static_cast<T*>(entry.param) + begin, static_cast<const T*>(entry.grad) + begin,
+               momentum_buffer == nullptr ? nullptr : momentum_buffer + begin, end - begin,
+               loops.scalars);
 }
 
 // The first lines of a tensor that is due soon: small ones are over before the processor sees a
@@ -106,6 +153,7 @@ SGDR_HD void prefetch(const TensorEntry& entry) {
     __builtin_prefetch(static_cast<const char*>(entry.param) + byte, 1);
     __builtin_prefetch(static_cast<const char*>(entry.grad) + byte);
     __builtin_prefetch(static_cast<const char*>(entry.momentum_buffer) + byte, 1);
+    __builtin_prefetch(static_cast<const char*>(entry.ema) + byte, 1);
   }
 }
 
@@ -144,24 +192,12 @@ void fused_step(const FusedStep& step) {
   });
 }
 
-using StepFunction = void (*)(const FusedStep&);
-
-// torch's own choice, so that ATEN_CPU_CAPABILITY rules both.
-StepFunction choose_step_function() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  const bool avx2 = __builtin_cpu_supports("x86-64-v3");
-  if (capability == "AVX512" && __builtin_cpu_supports("x86-64-v4")) return fused_step<Avx512>;
-  if ((capability == "AVX512" || capability == "AVX2") && avx2) return fused_step<Avx2>;
-#endif
-  return fused_step<Baseline>;
-}
-
 }  // namespace
 }  // namespace cpu
 
 void fused_step_cpu(const FusedStep& step) {
-  static const cpu::StepFunction step_function = cpu::choose_step_function();
+  static const auto step_function = cpu::with_instruction_set(
+      [](auto set) -> void (*)(const FusedStep&) { return cpu::fused_step<decltype(set)>; });
   step_function(step);
 }
 

@@ -21,30 +21,52 @@ constexpr uint32_t kBlocksPerMultiprocessor = 4;
 constexpr uint32_t kChunkNumel = 1 << 12;
 constexpr uint32_t kMaxPieceNumel = 1u << 31;
 
-// In device memory: what param_group["step"], ["cycle"], ["T_cur"], ["T_i"] and ["lr"] show.
+// In device memory: what param_group["step"], ["cycle"], ["T_cur"], ["T_i"], ["lr"] and
+// ["skipped_steps"] show.
 struct GroupState {
   Position position;
   double lr;
+  int64_t skipped_steps;
 };
+
+// In device memory, after the GroupState, for each parameter of the group.
+struct ParamState {
+  uint8_t momentum_is_empty;  // the momentum buffer holds nothing yet; likewise the next two
+  uint8_t ema_is_empty;
+  uint8_t master_is_empty;
+  uint8_t unused;
+  uint32_t n_averaged;  // weights in an equal average
+};
+static_assert(sizeof(GroupState) == 48 && sizeof(ParamState) == 8);
 
 // kSchedule: an option of the schedule has changed since `GroupState::lr` was computed.
 enum class LrSource : uint8_t { kState, kSchedule };
+
+// kEqual: of the weights at the ends of cycles.
+enum class Averaging : uint8_t { kNone, kExponential, kEqual };
 
 struct LaunchGroup {
   Schedule schedule;
   double momentum;
   double dampening;
   double weight_decay;
+  double ema_decay;
+  uint64_t seed;
   GroupState* state;
-  uint8_t* first_step;   // device memory, for each parameter: its momentum buffer holds nothing yet
+  ParamState* params;
   uint32_t param_count;  // of the whole group, with and without a gradient
+  uint32_t first_param;  // its first parameter's place among those of all groups
   WeightDecay decay;
+  Direction direction;
   LrSource lr_source;
-  bool has_momentum : 1;
-  bool nesterov : 1;
+  Averaging averaging;
   bool maximize : 1;
   bool reset_momentum : 1;
+  bool rounds_param : 1;     // stochastically, where the type is narrower than the arithmetic's
+  bool rounds_momentum : 1;  // likewise
   bool advances;  // set by for_each_launch(): this is the launch with the last of its tensors
+
+  SGDR_HD bool has_momentum() const { return direction != Direction::kGrad; }
 };
 
 // A parameter, or a piece of one that has more than kMaxPieceNumel elements.
@@ -61,7 +83,15 @@ struct LaunchTensor {
   ElementType momentum_type : 4;
   bool completes_param : 1;  // no piece of the parameter comes after it
 };
-static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchGroup) == 120);
+
+// What a tensor has besides, in a step in which any tensor has it.
+struct LaunchExtras {
+  void* ema;                  // null where nothing is averaged
+  void* low_precision_param;  // of which LaunchTensor::param is the master copy, or null
+  uint32_t piece;             // its elements begin at piece * kMaxPieceNumel of the parameter
+  ElementType low_precision_type;
+};
+static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 24 && sizeof(LaunchGroup) == 144);
 
 // Travels by value, as the kernel's one argument. The tensors lie at the beginning of the payload,
 // the groups from its end backwards, for as many of both as there is room.

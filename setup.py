@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent / "sgdr_fused"
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/stepper.cpp",
+    "csrc/stepper_grad_norm.cpp",
     "csrc/stepper_on_gpu.cpp",
     "csrc/cpu/fused_step.cpp",
     "csrc/cpu/grad_norm.cpp",

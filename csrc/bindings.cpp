@@ -6,7 +6,12 @@
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   namespace py = pybind11;
   py::class_<sgdr::Stepper>(module, "Stepper", py::module_local())
-      .def(py::init<py::function, py::function>(), py::arg("sync_group"), py::arg("local_tensor"))
+      .def(py::init<py::function, py::function, py::function, py::function>(),
+           py::arg("sync_group"), py::arg("local_tensor"), py::arg("shard_axes"),
+           py::arg("sum_over_shards"))
+      .def("set_clipping", &sgdr::Stepper::set_clipping, py::arg("max_grad_norm"),
+           py::arg("skip_nonfinite"))
+      .def_property_readonly("grad_norm", &sgdr::Stepper::grad_norm)
       .def("sync", &sgdr::Stepper::sync, py::arg("param_groups"), py::arg("state"))
       .def("step", &sgdr::Stepper::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("found_inf"));

@@ -37,7 +37,16 @@ SGDR_INTERNED(step)
 SGDR_INTERNED(cycle)
 SGDR_INTERNED(T_cur)
 SGDR_INTERNED(T_i)
+SGDR_INTERNED(skipped_steps)
+SGDR_INTERNED(ema_decay)
+SGDR_INTERNED(momentum_dtype)
+SGDR_INTERNED(stochastic_rounding)
+SGDR_INTERNED(master_weights)
+SGDR_INTERNED(seed)
 SGDR_INTERNED(momentum_buffer)
+SGDR_INTERNED(ema)
+SGDR_INTERNED(master_param)
+SGDR_INTERNED(n_averaged)
 #undef SGDR_INTERNED
 }  // namespace names
 
@@ -48,11 +57,14 @@ inline PyObject* find(PyObject* dict, PyObject* key) {
   return value;
 }
 
-// The same, for a key that is expected to be the dict's first.
+// The same, for a key that is expected to be among the dict's first.
 inline PyObject* find_first(PyObject* dict, PyObject* key) {
   Py_ssize_t position = 0;
-  PyObject *first = nullptr, *value = nullptr;
-  return PyDict_Next(dict, &position, &first, &value) && first == key ? value : find(dict, key);
+  PyObject *found = nullptr, *value = nullptr;
+  for (int i = 0; i < 2 && PyDict_Next(dict, &position, &found, &value); ++i) {
+    if (found == key) return value;
+  }
+  return find(dict, key);
 }
 
 inline py::handle get(PyObject* dict, PyObject* key) {
@@ -79,10 +91,9 @@ inline bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
-// The momentum buffer in the state of a parameter; null where it has none.
-inline const at::Tensor* buffer_in(PyObject* state_of_param) {
-  PyObject* stored =
-      state_of_param == nullptr ? nullptr : find_first(state_of_param, names::momentum_buffer());
+// A tensor in the state of a parameter; null where it has none.
+inline const at::Tensor* tensor_in(PyObject* state_of_param, PyObject* name) {
+  PyObject* stored = state_of_param == nullptr ? nullptr : find(state_of_param, name);
   return stored != nullptr && THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : nullptr;
 }
 

@@ -180,8 +180,7 @@ SGDR_HD void sgd_update(T& param, T grad, T& momentum_buffer, const UpdateScalar
 
   T direction = grad;
   if constexpr (Options::direction != Direction::kGrad) {
-    momentum_buffer =
-        fused_multiply_add(s.one_minus_dampening, grad, s.momentum * momentum_buffer);
+    momentum_buffer = fused_multiply_add(s.one_minus_dampening, grad, s.momentum * momentum_buffer);
     direction = Options::direction == Direction::kNesterov
                     ? fused_multiply_add(s.momentum, momentum_buffer, grad)
                     : momentum_buffer;

@@ -4,6 +4,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/Dtype.h>
 
 #include "python_dict.h"
 #include "tensor_kinds.h"
@@ -16,11 +17,31 @@ double to_double(const py::object& value) { return py::float_(value).cast<double
 
 }  // namespace
 
-Stepper::Stepper(py::function sync_group, py::function local_tensor)
+Stepper::Stepper(py::function sync_group, py::function local_tensor, py::function shard_axes,
+                 py::function sum_over_shards)
     : host_keys_(plain_keys()),
       plain_keys_(host_keys_),
       sync_group_(std::move(sync_group)),
-      local_tensor_(std::move(local_tensor)) {}
+      local_tensor_(std::move(local_tensor)),
+      shard_axes_(std::move(shard_axes)),
+      sum_over_shards_(std::move(sum_over_shards)) {}
+
+PyObject* Stepper::name_of(Role role) {
+  switch (role) {
+    case kMomentumBuffer:
+      return names::momentum_buffer();
+    case kEma:
+      return names::ema();
+    default:
+      return names::master_param();
+  }
+}
+
+void Stepper::set_clipping(std::optional<double> max_grad_norm, bool skip_nonfinite) {
+  max_grad_norm_ = max_grad_norm;
+  skip_nonfinite_ = skip_nonfinite;
+  if (!needs_norm()) grad_norm_ = py::none();
+}
 
 bool Stepper::step(const py::list& param_groups, const py::dict& state,
                    const py::object& grad_scale, const py::object& found_inf) {
@@ -30,7 +51,9 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
     explicit Guard(Stepper& stepper) : stepper(stepper) { stepper.is_stepping_ = true; }
     ~Guard() {
       stepper.is_stepping_ = false;
-      stepper.new_buffers_.clear();
+      stepper.new_state_.clear();
+      stepper.averaged_.clear();
+      stepper.sharded_parts_.clear();
       stepper.copy_back_.clear();
       stepper.kept_alive_.clear();
       stepper.gpu_steps_.clear();
@@ -39,18 +62,36 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
   } guard(*this);
   const at::NoGradGuard no_grad;
 
-  if (!is_all_on_gpus_ && !found_inf.is_none() && to_double(found_inf) != 0) return true;
   sync_groups(param_groups, state);
+  if (!is_all_on_gpus_ && !found_inf.is_none() && to_double(found_inf) != 0) {
+    count_skipped_step(param_groups);
+    return true;
+  }
   const double host_scale = is_all_on_gpus_ || grad_scale.is_none() ? 1.0 : to_double(grad_scale);
+  if (!gather(state.ptr())) return false;
+  double coefficient = 1;
+  if (needs_norm()) {
+    check_devices_of_norm();
+    if (gpu_steps_.empty()) {
+      const double norm = sgdr::grad_norm(sum_of_squared_grads(), host_scale);
+      grad_norm_ = py::float_(norm);
+      if (skip_nonfinite_ && !is_finite(norm)) {
+        count_skipped_step(param_groups);
+        return true;
+      }
+      if (max_grad_norm_.has_value()) coefficient = clip_coefficient(norm, *max_grad_norm_);
+    }
+  }
   group_steps_.clear();
   for (Group& group : groups_) {
-    group.update.scalars.grad_divisor = group.maximize ? -host_scale : host_scale;
+    group.update.scalars.grad_divisor = host_scale;
+    group.update.scalars.grad_multiplier = group.maximize ? -coefficient : coefficient;
+    group.update.step = group.position.step;
     group_steps_.push_back(group.update);
   }
-  if (!gather(state.ptr())) return false;
   if (!gpu_steps_.empty()) run_on_gpus(grad_scale, found_inf);
   run();
-  store_momentum_buffers(state);
+  store_new_state(state);
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (groups_[i].on_gpu != nullptr) continue;
     advance_group(groups_[i], PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)),
@@ -59,24 +100,42 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
   return true;
 }
 
+void Stepper::count_skipped_step(const py::list& param_groups) {
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    Group& group = groups_[i];
+    if (group.on_gpu != nullptr) {
+      group.on_gpu->memory.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t)).add_(1);
+      continue;
+    }
+    group.items.store(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)),
+                      group.skipped_steps_index, py::int_(++group.skipped_steps));
+  }
+}
+
 void Stepper::sync(const py::list& param_groups, const py::dict& state) {
   const at::NoGradGuard no_grad;
   sync_groups(param_groups, state);
   for (Group& group : groups_) {
     if (group.on_gpu == nullptr) continue;
-    for (size_t i = 0; i < group.on_gpu->params.size(); ++i)
-      track(*group.on_gpu, i, find(state.ptr(), group.on_gpu->params[i].param.ptr()));
+    for (size_t i = 0; i < group.on_gpu->params.size(); ++i) {
+      PyObject* of_param = find(state.ptr(), group.on_gpu->params[i].param.ptr());
+      for (const Role role : {kMomentumBuffer, kEma, kMasterParam})
+        track(*group.on_gpu, i, role, of_param);
+    }
   }
 }
 
 void Stepper::sync_groups(const py::list& param_groups, const py::dict& state) {
   groups_.resize(param_groups.size());
   is_all_on_gpus_ = !groups_.empty();
+  uint32_t first_param = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     PyObject* dict = PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
     if (!groups_[i].items.matches(dict) || !groups_[i].is_where_its_params_are())
       sync_group(groups_[i], dict, state);
     is_all_on_gpus_ &= groups_[i].on_gpu != nullptr;
+    groups_[i].first_param = first_param;
+    first_param += static_cast<uint32_t>(PyList_GET_SIZE(groups_[i].params()));
   }
 }
 
@@ -94,8 +153,8 @@ void Stepper::sync_group(Group& group, PyObject* dict, const py::dict& state) {
     synced.on_gpu->device_state = device_state;
     synced.on_gpu->memory = THPVariable_Unpack(device_state.attr("memory").ptr());
     for (const py::handle param : py::list(device_state.attr("params"))) {
-      const at::Tensor* buffer = buffer_in(find(state.ptr(), param.ptr()));
-      synced.on_gpu->params.emplace_back(py::reinterpret_borrow<py::object>(param), buffer);
+      synced.on_gpu->params.emplace_back(py::reinterpret_borrow<py::object>(param),
+                                         find(state.ptr(), param.ptr()));
     }
   }
   group = std::move(synced);
@@ -137,19 +196,34 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
                       .cycle = integer(dict, names::cycle()),
                       .T_cur = integer(dict, names::T_cur()),
                       .T_i = integer(dict, names::T_i())};
+    group.skipped_steps = integer(dict, names::skipped_steps());
   }
   const double decay = number(dict, names::weight_decay());
+  const bool has_momentum = number(dict, names::momentum()) != 0;
+  const py::handle momentum_dtype = get(dict, names::momentum_dtype());
+  if (!momentum_dtype.is_none())
+    group.momentum_dtype = reinterpret_cast<THPDtype*>(momentum_dtype.ptr())->scalar_type;
+  const bool rounds = truth(dict, names::stochastic_rounding());
   group.update = {.scalars = {.lr = is_on_host ? number(dict, names::lr()) : 0,
                               .momentum = number(dict, names::momentum()),
                               .dampening = number(dict, names::dampening()),
-                              .weight_decay = decay,
-                              .grad_divisor = 1},
-                  .weight_decay = decay == 0 ? WeightDecay::kNone
-                                  : truth(dict, names::decoupled_weight_decay())
-                                      ? WeightDecay::kDecoupled
-                                      : WeightDecay::kL2,
-                  .momentum = number(dict, names::momentum()) != 0,
-                  .nesterov = truth(dict, names::nesterov())};
+                              .weight_decay = decay},
+                  .weight_decay = decay != 0 && !truth(dict, names::decoupled_weight_decay())
+                                      ? WeightDecay::kL2
+                                      : WeightDecay::kDecoupled,
+                  .direction = !has_momentum                    ? Direction::kGrad
+                               : truth(dict, names::nesterov()) ? Direction::kNesterov
+                                                                : Direction::kMomentumBuffer,
+                  .rounds_param = rounds,
+                  .rounds_momentum = rounds || group.momentum_dtype.has_value(),
+                  .seed = py::cast<uint64_t>(get(dict, names::seed()))};
+  if (const py::handle average = get(dict, names::ema_decay()); py::isinstance<py::str>(average)) {
+    group.averaging = Averaging::kEqual;
+  } else if (!average.is_none()) {
+    group.averaging = Averaging::kExponential;
+    group.ema_decay = number(dict, names::ema_decay());
+  }
+  group.master_weights = truth(dict, names::master_weights());
   group.maximize = truth(dict, names::maximize());
   group.reset_momentum = truth(dict, names::reset_momentum());
 
@@ -159,17 +233,19 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   group.cycle_index = group.items.index_of(names::cycle());
   group.T_cur_index = group.items.index_of(names::T_cur());
   group.T_i_index = group.items.index_of(names::T_i());
+  group.skipped_steps_index = group.items.index_of(names::skipped_steps());
   group.params_index = group.items.index_of(names::params());
   return group;
 }
 
 void Stepper::Slot::remember(const at::TensorImpl* of_param, const at::TensorImpl* grad,
-                             const at::TensorImpl* buffer) {
+                             const at::TensorImpl* buffer, const at::TensorImpl* ema) {
   const auto storage = [](const at::TensorImpl* tensor) -> const void* {
     return tensor == nullptr ? nullptr : tensor->unsafe_storage().unsafeGetStorageImpl();
   };
-  tensors = {of_param, grad, buffer};
-  others = {of_param->autograd_meta(), storage(of_param), storage(grad), storage(buffer)};
+  tensors = {of_param, grad, buffer, ema};
+  others = {of_param->autograd_meta(), storage(of_param), storage(grad), storage(buffer),
+            storage(ema)};
 }
 
 // Inlined by force: a function that only prefetches has no effect in gcc's eyes, and a call of it
@@ -197,7 +273,7 @@ void Stepper::find_slots(PyObject* state) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
-      slots_.push_back({param, find(state, param), {}, {}});
+      slots_.push_back({param, find(state, param), static_cast<uint32_t>(slots_.size()), {}, {}});
     }
   }
 }
@@ -206,7 +282,7 @@ bool Stepper::gather(PyObject* state) {
   if (!state_.matches(state)) find_slots(state);
   numel_ = 0;
   entries_.clear();
-  operands_.clear();
+  entry_tensors_.clear();
   size_t slot = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     PyObject* list = groups_[i].params();
@@ -231,83 +307,169 @@ bool Stepper::gather(PyObject* state) {
   const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
   if (!grad.defined()) return true;
 
-  at::Tensor new_buffer;
-  const at::Tensor* buffer = &new_buffer;
-  if (group.update.momentum) {
-    PyObject* stored =
-        slot.state == nullptr ? nullptr : find_first(slot.state, names::momentum_buffer());
-    if (stored != nullptr && stored != Py_None) {
-      if (!THPVariable_Check(stored)) return false;
-      buffer = &THPVariable_Unpack(stored);
-    } else {
-      const c10::InferenceMode off(false);
-      new_buffer = at::empty_like(param);
-      new_buffers_.push_back({slot.param, new_buffer, nullptr});
+  Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
+  const bool has_more = group.averaging != Averaging::kNone || group.master_weights;
+  if (group.update.has_momentum()) {
+    operands.momentum_buffer = stored_tensor(slot, kMomentumBuffer);
+    if (operands.momentum_buffer == nullptr) {
+      operands.first_step = true;
+      const at::ScalarType dtype =
+          group.master_weights && element_size(element_type(*param.unsafeGetTensorImpl())) == 2
+              ? at::kFloat
+              : param.scalar_type();
+      operands.momentum_buffer =
+          &new_tensor(slot, kMomentumBuffer, group.momentum_dtype.value_or(dtype));
     }
+    if (!operands.momentum_buffer->defined()) return false;
   }
+  if (has_more && !gather_more(group, slot, operands)) return false;
 
-  slot.remember(param.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl(),
-                buffer->defined() ? buffer->unsafeGetTensorImpl() : nullptr);
-  const bool first_step = new_buffer.defined();
-  return add_entry(index, first_step, param, grad, *buffer) ||
-         add_unusual(index, first_step, param, grad, *buffer);
+  const auto impl = [](const at::Tensor* tensor) {
+    return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
+  };
+  slot.remember(impl(&param), impl(&grad), impl(operands.momentum_buffer), impl(operands.ema));
+  return add_entry(operands) || add_unusual(operands);
+}
+
+// Null where there is none; undefined where something else is in its place.
+const at::Tensor* Stepper::stored_tensor(const Slot& slot, Role role) {
+  static const at::Tensor undefined;
+  PyObject* stored = slot.state == nullptr ? nullptr : find_first(slot.state, name_of(role));
+  if (stored == nullptr || stored == Py_None) return nullptr;
+  return THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : &undefined;
+}
+
+// Of the parameter's shape, without content; goes into state when the step has been taken.
+[[gnu::noinline]] const at::Tensor& Stepper::new_tensor(const Slot& slot, Role role,
+                                                        at::ScalarType dtype) {
+  const c10::InferenceMode off(false);
+  const at::Tensor& param = THPVariable_Unpack(slot.param);
+  new_state_.push_back(
+      {slot.param, role, at::empty_like(param, param.options().dtype(dtype)), nullptr});
+  return new_state_.back().tensor;
+}
+
+// The average and the master copy.
+[[gnu::noinline]] bool Stepper::gather_more(const Group& group, Slot& slot, Operands& operands) {
+  const at::Tensor& param = *operands.param;
+  const bool is_half = element_size(element_type(*param.unsafeGetTensorImpl())) == 2;
+  if (group.master_weights && is_half) {
+    operands.low_precision_param = &param;
+    operands.param = stored_tensor(slot, kMasterParam);
+    if (operands.param == nullptr) {
+      operands.new_master = true;
+      operands.param = &new_tensor(slot, kMasterParam, at::kFloat);
+    }
+    if (!operands.param->defined()) return false;
+  }
+  if (group.averaging == Averaging::kNone) return true;
+  const bool is_equal = group.averaging == Averaging::kEqual;
+  // On a GPU the kernel knows where the schedule stands.
+  if (is_equal && group.on_gpu == nullptr && !ends_cycle(group.schedule, group.position))
+    return true;
+  operands.ema = stored_tensor(slot, kEma);
+  const bool is_new = operands.ema == nullptr;
+  if (is_new) {
+    const at::ScalarType dtype = param.scalar_type();
+    operands.ema = &new_tensor(slot, kEma, is_half ? at::kFloat : dtype);
+  }
+  if (!operands.ema->defined()) return false;
+  if (!is_equal) {
+    operands.ema_decay = is_new ? 0 : group.ema_decay;
+  } else if (group.on_gpu == nullptr) {
+    PyObject* counted = is_new ? nullptr : find(slot.state, names::n_averaged());
+    const int64_t n_averaged = counted == nullptr ? 0 : py::cast<int64_t>(py::handle(counted));
+    operands.ema_decay = decay_of_equal_average(n_averaged);
+    averaged_.push_back({slot.param, n_averaged + 1});
+  }
+  return true;
 }
 
 // Adds an entry if all its tensors are plain, of a type we know and alike in layout.
-bool Stepper::add_entry(uint32_t group, bool first_step, const at::Tensor& param,
-                        const at::Tensor& grad, const at::Tensor& buffer) {
-  at::TensorImpl* const param_impl = param.unsafeGetTensorImpl();
-  at::TensorImpl* const grad_impl = grad.unsafeGetTensorImpl();
-  at::TensorImpl* const buffer_impl = buffer.defined() ? buffer.unsafeGetTensorImpl() : nullptr;
-  const ElementType param_type = element_type(*param_impl);
-  const ElementType grad_type = element_type(*grad_impl);
-  const ElementType momentum_type =
-      buffer_impl != nullptr ? element_type(*buffer_impl) : param_type;
-  if (param_type == ElementType::kNone || grad_type == ElementType::kNone ||
-      momentum_type == ElementType::kNone)
+bool Stepper::add_entry(const Operands& operands) {
+  at::TensorImpl* const param = operands.param->unsafeGetTensorImpl();
+  const ElementType param_type = element_type(*param);
+  if (param_type == ElementType::kNone || !is_plain(*param)) return false;
+  const auto impl_of = [](const at::Tensor* tensor) {
+    return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
+  };
+  at::TensorImpl* const grad = operands.grad->unsafeGetTensorImpl();
+  at::TensorImpl* const buffer = impl_of(operands.momentum_buffer);
+  at::TensorImpl* const ema = impl_of(operands.ema);
+  at::TensorImpl* const low_precision = impl_of(operands.low_precision_param);
+  const auto fits = [&](const at::TensorImpl* tensor) {
+    return is_plain(*tensor) && is_alike(*param, *tensor);
+  };
+  const ElementType grad_type = element_type(*grad);
+  const ElementType momentum_type = buffer == nullptr ? param_type : element_type(*buffer);
+  if (grad_type == ElementType::kNone || momentum_type == ElementType::kNone) return false;
+  if (!fits(grad) || (buffer != nullptr && !fits(buffer))) return false;
+  if (ema != nullptr && (!fits(ema) || element_type(*ema) != arithmetic_type(param_type)))
     return false;
-  if (!is_plain(*param_impl) || !is_plain(*grad_impl) || !is_alike(*param_impl, *grad_impl))
-    return false;
-  if (buffer_impl != nullptr && (!is_plain(*buffer_impl) || !is_alike(*param_impl, *buffer_impl)))
+  if (low_precision != nullptr && (!fits(low_precision) || param_type != ElementType::kFloat))
     return false;
 
-  gathered_->push_back(
-      {.param = data_of(*param_impl, true, element_size(param_type)),
-       .grad = data_of(*grad_impl, false, element_size(grad_type)),
-       .momentum_buffer = buffer_impl == nullptr
-                              ? nullptr
-                              : data_of(*buffer_impl, true, element_size(momentum_type)),
-       .numel = param_impl->numel(),
-       .group = group,
-       .param_type = param_type,
-       .grad_type = grad_type,
-       .momentum_type = momentum_type,
-       .first_step = first_step});
-  numel_ += param_impl->numel();
-  operands_.push_back({param_impl, grad_impl, buffer_impl});
+  const auto data = [](const at::TensorImpl* tensor, bool is_written) -> char* {
+    return tensor == nullptr ? nullptr
+                             : data_of(*tensor, is_written, element_size(element_type(*tensor)));
+  };
+  gathered_->push_back({.param = data(param, true),
+                        .grad = data(grad, false),
+                        .momentum_buffer = data(buffer, true),
+                        .ema = data(ema, true),
+                        .low_precision_param = data(low_precision, true),
+                        .numel = param->numel(),
+                        .ema_decay = operands.ema_decay,
+                        .group = operands.group,
+                        .param_index = operands.param_index,
+                        .param_type = param_type,
+                        .grad_type = grad_type,
+                        .momentum_type = momentum_type,
+                        .low_precision_type = low_precision == nullptr
+                                                  ? ElementType::kNone
+                                                  : element_type(*low_precision),
+                        .first_step = operands.first_step,
+                        .new_master = operands.new_master});
+  numel_ += param->numel();
+  entry_tensors_.push_back({param, buffer, ema, low_precision, grad});
   return true;
 }
 
 // Shards, complex numbers and layouts that differ: brought to the plain form, by a copy where
 // nothing less will do.
-[[gnu::noinline]] bool Stepper::add_unusual(uint32_t group, bool first_step,
-                                            const at::Tensor& param, const at::Tensor& grad,
-                                            const at::Tensor& buffer) {
-  const at::Tensor plain_param = to_plain(param, param);
-  const at::Tensor plain_grad = to_plain(grad, param);
-  if (!plain_param.defined() || !plain_grad.defined()) return false;
+[[gnu::noinline]] bool Stepper::add_unusual(const Operands& operands) {
+  const at::Tensor& param =
+      *(operands.low_precision_param == nullptr ? operands.param : operands.low_precision_param);
+  const at::Tensor plain_param = to_plain(*operands.param, param);
+  if (!plain_param.defined()) return false;
   if (at::has_internal_overlap(plain_param) == at::MemOverlap::Yes) return false;
   const at::Tensor flat_param = to_layout_of(plain_param, plain_param, true);
-  const at::Tensor flat_grad = to_layout_of(plain_grad, flat_param, false);
-  at::Tensor flat_buffer;
-  if (buffer.defined()) {
-    const at::Tensor plain_buffer = to_plain(buffer, param);
-    if (!plain_buffer.defined()) return false;
-    flat_buffer = to_layout_of(plain_buffer, flat_param, true);
-    if (!flat_buffer.defined()) return false;
-  }
-  if (!flat_grad.defined() || !add_entry(group, first_step, flat_param, flat_grad, flat_buffer))
+  bool is_known = true;
+  const auto flatten = [&](const at::Tensor* tensor, bool is_written) -> at::Tensor {
+    if (tensor == nullptr) return {};
+    const at::Tensor plain = to_plain(*tensor, param);
+    const at::Tensor flat =
+        plain.defined() ? to_layout_of(plain, flat_param, is_written) : at::Tensor();
+    is_known &= flat.defined();
+    return flat;
+  };
+  const at::Tensor grad = flatten(operands.grad, false);
+  const at::Tensor buffer = flatten(operands.momentum_buffer, true);
+  const at::Tensor ema = flatten(operands.ema, true);
+  const at::Tensor low_precision = flatten(operands.low_precision_param, true);
+  if (!is_known) return false;
+  if (operands.low_precision_param != nullptr &&
+      at::has_internal_overlap(low_precision) == at::MemOverlap::Yes)
     return false;
+
+  Operands flat = operands;
+  flat.param = &flat_param;
+  flat.grad = &grad;
+  if (operands.momentum_buffer != nullptr) flat.momentum_buffer = &buffer;
+  if (operands.ema != nullptr) flat.ema = &ema;
+  if (operands.low_precision_param != nullptr) flat.low_precision_param = &low_precision;
+  if (!add_entry(flat)) return false;
+  if (needs_norm()) note_shards(param);
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   return true;
 }
@@ -343,42 +505,55 @@ at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& oth
   return copy;
 }
 
-void Stepper::run() {
-  const FusedStep fused_step{.tensors = entries_, .groups = group_steps_, .numel = numel_};
-  if (entries_.empty()) {
-    // They are all on GPUs.
-  } else if (!is_worth_threads(fused_step)) {
-    fused_step_cpu(fused_step);
-  } else {
-    for (const Operands& operands : operands_) {
-      for (at::TensorImpl* tensor : {operands.param, operands.grad, operands.momentum_buffer}) {
-        if (tensor == nullptr) continue;
-        kept_alive_.emplace_back(
-            c10::intrusive_ptr<at::TensorImpl,
-                               c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
-      }
+FusedStep Stepper::host_step() const {
+  return {.tensors = entries_, .groups = group_steps_, .numel = numel_};
+}
+
+// Others may drop tensors while the GIL is released.
+void Stepper::keep_tensors_alive() {
+  for (const EntryTensors& tensors : entry_tensors_) {
+    for (at::TensorImpl* tensor : tensors) {
+      if (tensor == nullptr) continue;
+      kept_alive_.emplace_back(
+          c10::intrusive_ptr<at::TensorImpl,
+                             c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
     }
-    const py::gil_scoped_release no_gil;
-    fused_step_cpu(fused_step);
-  }
-  for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
-  for (size_t i = 0; i < operands_.size(); ++i) {
-    if (i + kAhead < operands_.size()) {
-      __builtin_prefetch(operands_[i + kAhead].param);
-      __builtin_prefetch(operands_[i + kAhead].momentum_buffer);
-    }
-    operands_[i].param->bump_version();
-    if (operands_[i].momentum_buffer != nullptr) operands_[i].momentum_buffer->bump_version();
   }
 }
 
-void Stepper::store_momentum_buffers(const py::dict& state) {
-  for (const NewBuffer& created : new_buffers_) {
-    const py::object buffer =
-        py::reinterpret_steal<py::object>(THPVariable_Wrap(created.momentum_buffer));
+void Stepper::run() {
+  if (entries_.empty()) {
+    // They are all on GPUs.
+  } else if (!is_worth_threads(host_step())) {
+    fused_step_cpu(host_step());
+  } else {
+    keep_tensors_alive();
+    const py::gil_scoped_release no_gil;
+    fused_step_cpu(host_step());
+  }
+  for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
+  for (size_t i = 0; i < entry_tensors_.size(); ++i) {
+    const auto [param, buffer, ema, low_precision, grad] = entry_tensors_[i];
+    if (i + kAhead < entry_tensors_.size()) {
+      for (const at::TensorImpl* tensor : entry_tensors_[i + kAhead]) __builtin_prefetch(tensor);
+    }
+    param->bump_version();
+    for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
+      if (tensor != nullptr) tensor->bump_version();
+    }
+  }
+}
+
+void Stepper::store_new_state(const py::dict& state) {
+  for (const NewState& created : new_state_) {
+    const py::object tensor = py::reinterpret_steal<py::object>(THPVariable_Wrap(created.tensor));
     const py::object of_param = state[py::handle(created.param)];
-    of_param[py::handle(names::momentum_buffer())] = buffer;
-    if (created.tracked != nullptr) created.tracked->set(created.momentum_buffer);
+    of_param[py::handle(name_of(created.role))] = tensor;
+    if (created.tracked != nullptr) created.tracked->set(created.role, created.tensor);
+  }
+  for (const Averaged& averaged : averaged_) {
+    const py::object of_param = state[py::handle(averaged.param)];
+    of_param[py::handle(names::n_averaged())] = averaged.n_averaged;
   }
 }
 

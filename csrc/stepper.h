@@ -4,7 +4,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <deque>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cuda/launcher.h"
@@ -18,10 +21,19 @@ class Stepper {
   // sync_group(param_group, lr_before, device_state, state) checks a group whose items changed, and
   // brings its lr up to date; gives the group's DeviceState, or None where its state is on the
   // host. local_tensor(tensor, param) gives the plain tensor behind a tensor subclass, or None.
-  Stepper(py::function sync_group, py::function local_tensor);
+  // shard_axes(param) says over which ranks a parameter is cut into parts, or None;
+  // sum_over_shards(sum, axes) adds up the sums of its parts.
+  Stepper(py::function sync_group, py::function local_tensor, py::function shard_axes,
+          py::function sum_over_shards);
 
-  // Takes over what has changed in the groups and their momentum buffers since they were last seen.
+  // Takes over what has changed in the groups and their state since they were last seen.
   void sync(const py::list& param_groups, const py::dict& state);
+
+  // None: no limit.
+  void set_clipping(std::optional<double> max_grad_norm, bool skip_nonfinite);
+
+  // Of the last step, before clipping: a float, a tensor on a GPU, or None.
+  py::object grad_norm() const { return grad_norm_; }
 
   // grad_scale and found_inf are numbers, tensors of one element, or None. Returns false, having
   // written nothing, where a tensor is of a kind that no native backend takes.
@@ -29,16 +41,21 @@ class Stepper {
             const py::object& found_inf);
 
  private:
-  // A parameter of a group on a GPU, and the momentum buffer that its first-step flag is about:
-  // null where there is none yet, and the flag is set. A weak pointer, so that the address cannot
-  // come to stand for another buffer.
+  // The tensors that a parameter has in state.
+  enum Role : size_t { kMomentumBuffer, kEma, kMasterParam, kRoles };
+  static PyObject* name_of(Role role);
+
+  // A parameter of a group on a GPU, and the tensors in its state that its flags are about: null
+  // where there is none yet, and the flag is set. Weak pointers, so that the address cannot come to
+  // stand for another tensor.
   struct Tracked {
     py::object param;
-    c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl> momentum_buffer;
+    using Weak = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
+    std::vector<Weak> tensors;
 
-    Tracked(py::object param, const at::Tensor* buffer);
-    void set(const at::Tensor& buffer);
-    bool is(const at::TensorImpl* buffer) const;
+    Tracked(py::object param, PyObject* state_of_param);
+    void set(Role role, const at::Tensor& tensor);
+    bool is(Role role, const at::TensorImpl* tensor) const;
   };
   // What a group on a GPU has besides: see Note [State on the GPU].
   struct OnGpu {
@@ -51,12 +68,18 @@ class Stepper {
   struct Group {
     DictSnapshot items;
     size_t lr_index = 0, step_index = 0, cycle_index = 0, T_cur_index = 0, T_i_index = 0,
-           params_index = 0;
+           skipped_steps_index = 0, params_index = 0;
     Schedule schedule{};
     Position position{};
+    int64_t skipped_steps = 0;
     GroupStep update{};
+    Averaging averaging = Averaging::kNone;
+    double ema_decay = 0;
+    std::optional<at::ScalarType> momentum_dtype;
+    bool master_weights = false;
     bool maximize = false;
     bool reset_momentum = false;
+    uint32_t first_param = 0;       // its first parameter's place among those of all groups
     std::unique_ptr<OnGpu> on_gpu;  // null for a group on the host
 
     PyObject* params() const { return items.value(params_index).ptr(); }
@@ -66,25 +89,40 @@ class Stepper {
   struct Slot {
     PyObject* param;
     PyObject* state;
+    uint32_t index;  // among the parameters of all groups
     // What the last step read for it. A hint: prefetched, never followed.
-    std::array<const at::TensorImpl*, 3> tensors;
-    std::array<const void*, 4> others;
+    std::array<const at::TensorImpl*, 4> tensors;
+    std::array<const void*, 5> others;
 
     void remember(const at::TensorImpl* of_param, const at::TensorImpl* grad,
-                  const at::TensorImpl* buffer);
+                  const at::TensorImpl* buffer, const at::TensorImpl* ema);
     void prefetch() const;
   };
   static constexpr size_t kAhead = 3;
-  // The tensors of one entry.
+  // A parameter, its gradient and its state, and what else its entry says.
   struct Operands {
-    at::TensorImpl* param;
-    at::TensorImpl* grad;
-    at::TensorImpl* momentum_buffer;
+    const at::Tensor* param;  // the master copy, where there is one
+    const at::Tensor* grad;
+    const at::Tensor* momentum_buffer = nullptr;
+    const at::Tensor* ema = nullptr;
+    const at::Tensor* low_precision_param = nullptr;
+    double ema_decay = 0;
+    uint32_t group;
+    uint32_t param_index;
+    bool first_step = false;
+    bool new_master = false;
   };
-  struct NewBuffer {
+  // The tensors of one entry, or null; all but the last are written.
+  using EntryTensors = std::array<at::TensorImpl*, 5>;
+  struct NewState {
     PyObject* param;
-    at::Tensor momentum_buffer;
+    Role role;
+    at::Tensor tensor;
     Tracked* tracked;  // null on the host
+  };
+  struct Averaged {
+    PyObject* param;
+    int64_t n_averaged;
   };
   // The part of the step under way that one GPU has.
   struct GpuStep {
@@ -93,6 +131,11 @@ class Stepper {
     std::vector<TensorEntry> tensors;
     std::vector<uint32_t> param_indices;
   };
+  // Entries whose sum of squares is to be added up over some ranks.
+  struct ShardedPart {
+    py::object axes;
+    std::vector<size_t> entries;
+  };
   struct CopyBack {
     at::Tensor tensor;
     at::Tensor copy;
@@ -100,22 +143,33 @@ class Stepper {
 
   void sync_groups(const py::list& param_groups, const py::dict& state);
   void sync_group(Group& group, PyObject* dict, const py::dict& state);
-  static void track(OnGpu& on_gpu, size_t index, PyObject* state_of_param);
+  static void track(OnGpu& on_gpu, size_t index, Role role, PyObject* state_of_param);
   static Group read_group(PyObject* dict, bool is_on_host);
   void find_slots(PyObject* state);
   bool gather(PyObject* state);
   bool gather_on_gpu(Group& group, size_t slot, PyObject* state);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   bool gather_param(const Group& group, uint32_t index, Slot& slot);
-  bool add_entry(uint32_t group, bool first_step, const at::Tensor& param, const at::Tensor& grad,
-                 const at::Tensor& buffer);
-  bool add_unusual(uint32_t group, bool first_step, const at::Tensor& param, const at::Tensor& grad,
-                   const at::Tensor& buffer);
+  bool gather_more(const Group& group, Slot& slot, Operands& operands);
+  const at::Tensor* stored_tensor(const Slot& slot, Role role);
+  const at::Tensor& new_tensor(const Slot& slot, Role role, at::ScalarType dtype);
+  bool add_entry(const Operands& operands);
+  bool add_unusual(const Operands& operands);
   at::Tensor to_plain(const at::Tensor& tensor, const at::Tensor& param);
   at::Tensor to_layout_of(const at::Tensor& tensor, const at::Tensor& other, bool is_written);
+  void note_shards(const at::Tensor& param);
+  FusedStep host_step() const;
+  void keep_tensors_alive();
   void run();
   void run_on_gpus(const py::object& grad_scale, const py::object& found_inf);
-  void store_momentum_buffers(const py::dict& state);
+  bool needs_norm() const { return max_grad_norm_.has_value() || skip_nonfinite_; }
+  void check_devices_of_norm() const;
+  double sum_of_squared_grads();
+  at::Tensor sum_of_squared_grads_on(const GpuStep& step);
+  template <class Sum>
+  void for_each_part(const std::vector<TensorEntry>& entries, Sum sum_of) const;
+  void count_skipped_step(const py::list& param_groups);
+  void store_new_state(const py::dict& state);
   void advance_group(Group& group, PyObject* dict, const py::dict& state);
 
   bool is_plain(const at::TensorImpl& tensor) const { return tensor.key_set() == plain_keys_; }
@@ -127,6 +181,11 @@ class Stepper {
   std::vector<TensorEntry>* gathered_ = &entries_;
   py::function sync_group_;
   py::function local_tensor_;
+  py::function shard_axes_;
+  py::function sum_over_shards_;
+  std::optional<double> max_grad_norm_;
+  bool skip_nonfinite_ = false;
+  py::object grad_norm_ = py::none();
   std::vector<Group> groups_;
   DictSnapshot state_;
   std::vector<Slot> slots_;
@@ -136,10 +195,12 @@ class Stepper {
   // Of the step under way; members so that their memory is kept.
   int64_t numel_ = 0;
   std::vector<TensorEntry> entries_;
-  std::vector<Operands> operands_;
+  std::vector<EntryTensors> entry_tensors_;
   std::vector<GroupStep> group_steps_;
   std::vector<GpuStep> gpu_steps_;
-  std::vector<NewBuffer> new_buffers_;
+  std::deque<NewState> new_state_;  // whose elements do not move
+  std::vector<Averaged> averaged_;
+  std::vector<ShardedPart> sharded_parts_;
   std::vector<CopyBack> copy_back_;
   std::vector<at::Tensor> kept_alive_;
 };

@@ -18,43 +18,54 @@ at::Tensor float_on(const py::object& value, c10::Device device) {
 }  // namespace
 
 // Note [State on the GPU]
-// Where a group's schedule stands, its LR, and for each parameter whether its momentum buffer holds
-// nothing yet, are in the GPU's memory, and the kernel brings them up to date: the host does not
-// know whether a step was skipped, nor how often a graph was replayed. param_group["lr"], ["step"],
-// ["cycle"], ["T_cur"] and ["T_i"] are tensors that show this memory. What else is put there, or
-// into state as a momentum buffer, is written to the memory before the next launch; as a graph
-// would repeat that at each replay, it is an error while one is captured.
+// Where a group's schedule stands, its LR, the count of its skipped steps, and for each parameter
+// which tensors of its state hold nothing yet, are in the GPU's memory, and the kernel brings them
+// up to date: the host does not know whether a step was skipped, nor how often a graph was
+// replayed. param_group["lr"], ["step"], ["cycle"], ["T_cur"], ["T_i"] and ["skipped_steps"] are
+// tensors that show this memory. What else is put there, or into state, is written to the memory
+// before the next launch; as a graph would repeat that at each replay, it is an error while one is
+// captured.
 
-Stepper::Tracked::Tracked(py::object param, const at::Tensor* buffer)
-    : param(std::move(param)), momentum_buffer(at::Tensor().getIntrusivePtr()) {
-  if (buffer != nullptr) set(*buffer);
+Stepper::Tracked::Tracked(py::object param, PyObject* state_of_param) : param(std::move(param)) {
+  for (size_t role = 0; role < kRoles; ++role) {
+    tensors.emplace_back(at::Tensor().getIntrusivePtr());
+    const at::Tensor* stored = tensor_in(state_of_param, name_of(static_cast<Role>(role)));
+    if (stored != nullptr) set(static_cast<Role>(role), *stored);
+  }
 }
 
-void Stepper::Tracked::set(const at::Tensor& buffer) {
-  momentum_buffer = decltype(momentum_buffer)(buffer.getIntrusivePtr());
+void Stepper::Tracked::set(Role role, const at::Tensor& tensor) {
+  tensors[role] = Weak(tensor.getIntrusivePtr());
 }
 
-bool Stepper::Tracked::is(const at::TensorImpl* buffer) const {
-  return momentum_buffer._unsafe_get_target() == buffer;
+bool Stepper::Tracked::is(Role role, const at::TensorImpl* tensor) const {
+  return tensors[role]._unsafe_get_target() == tensor;
 }
 
-// Brings a parameter's first-step flag in line with the buffer in its state, if somebody else has
-// put it there or removed it.
-void Stepper::track(OnGpu& on_gpu, size_t index, PyObject* state_of_param) {
+// Brings a parameter's flag in line with the tensor in its state, if somebody else has put it there
+// or removed it.
+void Stepper::track(OnGpu& on_gpu, size_t index, Role role, PyObject* state_of_param) {
   Tracked& tracked = on_gpu.params[index];
-  const at::Tensor* buffer = buffer_in(state_of_param);
+  const at::Tensor* stored = tensor_in(state_of_param, name_of(role));
   const at::Tensor none;
-  if (buffer == nullptr) buffer = &none;
-  if (tracked.is(buffer->unsafeGetTensorImpl())) return;
+  if (stored == nullptr) stored = &none;
+  if (tracked.is(role, stored->unsafeGetTensorImpl())) return;
   if (is_capturing()) {
     throw std::runtime_error(
-        "a momentum_buffer in the optimizer's state was set or removed since the last step; take "
-        "one step before the capture of a CUDA graph, which would repeat this at each replay");
+        std::string("a tensor in the optimizer's state was set or removed since the last step (") +
+        PyUnicode_AsUTF8(name_of(role)) +
+        "); take one step before the capture of a CUDA graph, which would repeat this at each "
+        "replay");
   }
+  // The flags stand in the order of the roles.
+  static_assert(offsetof(ParamState, momentum_is_empty) == kMomentumBuffer &&
+                offsetof(ParamState, ema_is_empty) == kEma &&
+                offsetof(ParamState, master_is_empty) == kMasterParam);
+  const size_t flag = sizeof(GroupMemory) + index * sizeof(ParamState) + role;
   on_gpu.memory.view(at::kByte)
-      .narrow(0, static_cast<int64_t>(sizeof(GroupMemory) + index), 1)
-      .fill_(buffer->defined() ? 0 : 1);
-  tracked.set(*buffer);
+      .narrow(0, static_cast<int64_t>(flag), 1)
+      .fill_(stored->defined() ? 0 : 1);
+  tracked.set(role, *stored);
 }
 
 bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
@@ -67,15 +78,20 @@ bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
                          .momentum = group.update.scalars.momentum,
                          .dampening = group.update.scalars.dampening,
                          .weight_decay = group.update.scalars.weight_decay,
+                         .ema_decay = group.ema_decay,
+                         .seed = group.update.seed,
                          .state = reinterpret_cast<GroupState*>(memory),
-                         .first_step = reinterpret_cast<uint8_t*>(memory) + sizeof(GroupMemory),
+                         .params = reinterpret_cast<ParamState*>(memory + sizeof(GroupMemory)),
                          .param_count = static_cast<uint32_t>(on_gpu.params.size()),
+                         .first_param = group.first_param,
                          .decay = group.update.weight_decay,
+                         .direction = group.update.direction,
                          .lr_source = on_gpu.lr_source,
-                         .has_momentum = group.update.momentum,
-                         .nesterov = group.update.nesterov,
+                         .averaging = group.averaging,
                          .maximize = group.maximize,
                          .reset_momentum = group.reset_momentum,
+                         .rounds_param = group.update.rounds_param,
+                         .rounds_momentum = group.update.rounds_momentum,
                          .advances = false});
 
   const struct Guard {
@@ -94,21 +110,23 @@ bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
   for (size_t i = 0; i < on_gpu.params.size(); ++i, ++slot) {
     PyObject* param = on_gpu.params[i].param.ptr();
     if (slot >= slots_.size() || slots_[slot].param != param) find_slots(state);
-    if (group.update.momentum) track(on_gpu, i, slots_[slot].state);
-    const size_t gathered = operands_.size();
-    const size_t created = new_buffers_.size();
+    if (group.update.has_momentum()) track(on_gpu, i, kMomentumBuffer, slots_[slot].state);
+    if (group.averaging != Averaging::kNone) track(on_gpu, i, kEma, slots_[slot].state);
+    if (group.master_weights) track(on_gpu, i, kMasterParam, slots_[slot].state);
+    const size_t gathered = entry_tensors_.size();
+    const size_t created = new_state_.size();
     if (!gather_param(group, index, slots_[slot])) return false;
-    if (operands_.size() == gathered) continue;
-    for (const at::TensorImpl* tensor :
-         {operands_.back().param, operands_.back().grad, operands_.back().momentum_buffer}) {
+    if (entry_tensors_.size() == gathered) continue;
+    for (const at::TensorImpl* tensor : entry_tensors_.back()) {
       if (tensor != nullptr && tensor->device() != device_) return false;
     }
     step.param_indices.push_back(static_cast<uint32_t>(i));
-    if (new_buffers_.size() == created) continue;
-    new_buffers_.back().tracked = &on_gpu.params[i];
-    // For whoever looks at it after a skipped step. The kernel goes by the flag, and a graph would
-    // repeat this.
-    if (!capturing) new_buffers_.back().momentum_buffer.zero_();
+    for (size_t j = created; j < new_state_.size(); ++j) {
+      new_state_[j].tracked = &on_gpu.params[i];
+      // For whoever looks at it after a skipped step. The kernel goes by the flag, and a graph
+      // would repeat this.
+      if (!capturing) new_state_[j].tensor.zero_();
+    }
   }
   return true;
 }
@@ -127,15 +145,27 @@ void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_
     const c10::DeviceGuard guard(device);
     const at::Tensor scale = float_on(grad_scale, device);
     const at::Tensor inf = float_on(found_inf, device);
-    fused_step_cuda(step.gpu,
-                    {.groups = step.groups,
-                     .tensors = step.tensors,
-                     .param_indices = step.param_indices,
-                     .grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-                     .found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr});
+    at::Tensor sum_of_squares, norm;
+    if (needs_norm()) {
+      sum_of_squares = sum_of_squared_grads_on(step);
+      norm = at::empty({}, sum_of_squares.options());
+      grad_norm_ = py::reinterpret_steal<py::object>(THPVariable_Wrap(norm));
+    }
+    fused_step_cuda(
+        step.gpu,
+        {.groups = step.groups,
+         .tensors = step.tensors,
+         .param_indices = step.param_indices,
+         .grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+         .found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr,
+         .sum_of_squares =
+             sum_of_squares.defined() ? sum_of_squares.const_data_ptr<double>() : nullptr,
+         .grad_norm = norm.defined() ? norm.mutable_data_ptr<double>() : nullptr,
+         .max_grad_norm = max_grad_norm_.value_or(std::numeric_limits<double>::infinity()),
+         .skip_nonfinite = skip_nonfinite_});
   }
   // The kernel has written the new LR, unless the step was skipped or is yet to be replayed.
-  if (capturing || !found_inf.is_none()) return;
+  if (capturing || !found_inf.is_none() || skip_nonfinite_) return;
   for (Group& group : groups_) {
     if (group.on_gpu != nullptr) group.on_gpu->lr_source = LrSource::kState;
   }

@@ -15,25 +15,28 @@ from sgdr_fused.schedule import Position
 __all__ = ["DeviceState", "host_copy", "sync_group_on_device", "sync_group_on_host", "to_host"]
 
 # csrc/cuda/launcher.h, GroupMemory: 64-bit words, of which "lr" is a double and the last a ticket.
-# What follows are the flags, a byte for each parameter.
-_FIELDS = (*Position._fields, "lr")
-_WORDS = 6
+# What follows is a ParamState for each parameter, of one word: a byte for each of its tensors, and
+# n_averaged in the upper half.
+_WORDS = 7
+_ROLES = ("momentum_buffer", "ema", "master_param")
 
 
 class DeviceState:
     """Where a group's schedule stands, its LR and its first-step flags, as the kernel keeps them.
 
     A group whose parameters are on a GPU shows these in ``param_group["step"]``, ``["cycle"]``,
-    ``["T_cur"]``, ``["T_i"]`` and ``["lr"]``: tensors without dimensions, of which a read waits for
-    the GPU. See Note [State on the GPU] in csrc/stepper_on_gpu.cpp.
+    ``["T_cur"]``, ``["T_i"]``, ``["lr"]`` and ``["skipped_steps"]``: tensors without dimensions, of
+    which a read waits for the GPU. See Note [State on the GPU] in csrc/stepper_on_gpu.cpp.
 
     Args:
         memory: The memory, as int64.
         params: The group's parameters.
 
     Attributes:
-        fields: The five tensors, by their names.
-        first_step: For each parameter 1 if its momentum buffer holds nothing yet, else 0.
+        fields: The six tensors, by their names.
+        is_empty: For each kind of tensor in the parameters' state, by its name, and each parameter:
+            1 if the tensor holds nothing yet, else 0.
+        n_averaged: For each parameter the number of weights in an equal average.
     """
 
     def __init__(self, memory: Tensor, params: Iterable[Any]) -> None:
@@ -41,7 +44,10 @@ class DeviceState:
         self.params = list(params)
         self.fields = {name: memory[i] for i, name in enumerate(Position._fields)}
         self.fields["lr"] = memory.view(torch.float64)[len(Position._fields)]
-        self.first_step = memory[_WORDS:].view(torch.uint8)[: len(self.params)]
+        self.fields["skipped_steps"] = memory[len(Position._fields) + 1]
+        flags = memory[_WORDS:].view(torch.uint8).view(-1, 8)
+        self.is_empty = {role: flags[:, i] for i, role in enumerate(_ROLES)}
+        self.n_averaged = memory[_WORDS:].view(torch.int32)[1::2]
 
     @classmethod
     def make(cls, group: MutableMapping[str, Any], state: Mapping[Tensor, Any]) -> DeviceState:
@@ -49,12 +55,15 @@ class DeviceState:
         params = group["params"]
         _refuse_capture("the optimizer's state is to be brought to the GPU")
         with torch.inference_mode(False):
-            memory = torch.zeros(_WORDS + (len(params) + 7) // 8, dtype=torch.int64)
+            memory = torch.zeros(_WORDS + len(params), dtype=torch.int64)
             on_host = cls(memory, params)
             for name, field in on_host.fields.items():
                 field.fill_(group[name])
             for i, param in enumerate(params):
-                on_host.first_step[i] = state.get(param, {}).get("momentum_buffer") is None
+                of_param = state.get(param, {})
+                for role in _ROLES:
+                    on_host.is_empty[role][i] = of_param.get(role) is None
+                on_host.n_averaged[i] = of_param.get("n_averaged", 0)
             on_device = cls(memory.to(params[0].device), params)
         group.update(on_device.fields)
         return on_device
@@ -82,7 +91,7 @@ class DeviceState:
         return DeviceState(self.memory.cpu(), self.params)
 
     def numbers(self) -> dict[str, Any]:
-        """The five fields as numbers."""
+        """The fields as numbers."""
         return {name: field.item() for name, field in self.fields.items()}
 
     def take_over(self, group: MutableMapping[str, Any]) -> None:
@@ -167,9 +176,15 @@ def _to_host(
 ) -> None:
     on_host = device_state.to_cpu()
     group.update(on_host.numbers())
-    for param, is_empty in zip(on_host.params, on_host.first_step.tolist(), strict=True):
-        if is_empty and param in state:
-            state[param].pop("momentum_buffer", None)
+    for i, param in enumerate(on_host.params):
+        of_param = state.get(param)
+        if of_param is None:
+            continue
+        for role in _ROLES:
+            if on_host.is_empty[role][i]:
+                of_param.pop(role, None)
+        if "ema" in of_param and group["ema_decay"] == "swa":
+            of_param["n_averaged"] = int(on_host.n_averaged[i])
 
 
 def _refuse_capture(what: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clip_coefficient", "shard_axes", "sum_over_shards", "sum_of_squares"]
+__all__ = ["clip_coefficient", "norm_of", "shard_axes", "sum_of_squares", "sum_over_shards"]
 
 # See Note [Sum of squares] in csrc/sgdr_math.h.
 _CHUNK = 4096
@@ -96,7 +96,7 @@ def _sum_of_lanes(rows: Tensor) -> Tensor:
     missing = -rows.shape[1] % _LANES
     rows = torch.nn.functional.pad(rows, (0, missing))
     lanes = torch.zeros(rows.shape[0], _LANES, dtype=torch.float64)
-    for part in rows.split(_LANES, dim=1):
+    for part in rows.view(rows.shape[0], -1, _LANES).unbind(1):
         lanes += part
     while lanes.shape[1] > 1:
         lower, upper = lanes.chunk(2, dim=1)

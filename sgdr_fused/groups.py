@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgdr_fused.schedule import CosineWarmRestarts, Position, is_finite
 
 __all__ = ["check_group", "drop_momentum", "move_group", "position_of", "sync_group"]
+
+_MOMENTUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -45,7 +48,9 @@ def check_group(group: Mapping[str, Any]) -> None:
             "Nesterov momentum requires a momentum and zero dampening, "
             f"but got momentum={momentum}, dampening={dampening}"
         )
-    for name, least in (("step", 0), ("cycle", 0), ("T_cur", -math.inf), ("T_i", 1)):
+    _check_averaging_and_precision(group)
+    places = (("step", 0), ("cycle", 0), ("T_cur", -math.inf), ("T_i", 1), ("skipped_steps", 0))
+    for name, least in places:
         if isinstance(group[name], Tensor):
             continue
         if type(group[name]) is not int or group[name] < least:
@@ -56,6 +61,29 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"warmup_steps={schedule.warmup_steps} is less than the {-group['T_cur']} steps "
             "of warm-up that are still to run; call seek() to leave the warm-up"
+        )
+
+
+def _check_averaging_and_precision(group: Mapping[str, Any]) -> None:
+    ema_decay, seed = group["ema_decay"], group["seed"]
+    if not (
+        ema_decay is None or ema_decay == "swa" or (is_finite(ema_decay) and 0 <= ema_decay < 1)
+    ):
+        raise ValueError(
+            f"Invalid ema_decay value: {ema_decay!r}; ema_decay must be None, a float "
+            'in [0, 1), or "swa"'
+        )
+    if group["momentum_dtype"] not in (None, *_MOMENTUM_DTYPES):
+        raise ValueError(
+            f"Invalid momentum_dtype value: {group['momentum_dtype']!r}; momentum_dtype must be "
+            f"None or one of {', '.join(map(str, _MOMENTUM_DTYPES))}"
+        )
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise ValueError(f"Invalid seed value: {seed!r}; seed must be an int from 0 to 2**64 - 1")
+    if group["stochastic_rounding"] and group["master_weights"]:
+        raise ValueError(
+            "stochastic_rounding=True does without the float32 copies that master_weights=True "
+            "keeps; set one of the two"
         )
 
 

@@ -86,6 +86,12 @@ def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -
 
 def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmRestarts]:
     """See :meth:`FusedSGDR.to_pair`."""
+    for name in ("max_grad_norm", "skip_nonfinite"):
+        if getattr(optimizer, name):
+            raise ValueError(
+                f"the optimizer has {name}={getattr(optimizer, name)!r}, for which the pair has no "
+                "counterpart; unset it first"
+            )
     groups, state = optimizer._on_host()
     first = groups[0]
     for i, group in enumerate(groups):
@@ -128,6 +134,10 @@ def _check_expressible(group: dict[str, Any], first: dict[str, Any], index: int)
         ("n_cycles", None),
         ("reset_momentum", False),
         ("decoupled_weight_decay", False),
+        ("ema_decay", None),
+        ("momentum_dtype", None),
+        ("stochastic_rounding", False),
+        ("master_weights", False),
         ("T_mult", int(schedule.T_mult)),
     ):
         if group[name] != wanted and (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from sgdr_fused import interop, native
+from sgdr_fused import ema, interop, native
 from sgdr_fused.device_state import (
     DeviceState,
     host_copy,
@@ -22,10 +24,17 @@ from sgdr_fused.device_state import (
     sync_group_on_host,
     to_host,
 )
+from sgdr_fused.grad_norm import shard_axes, sum_over_shards
 from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of
-from sgdr_fused.reference import ReferenceStepper
-from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position
-from sgdr_fused.tensors import check_tensors, kinds_of_tensors, local_tensor, named_params
+from sgdr_fused.reference import Clipping, ReferenceStepper
+from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position, is_finite
+from sgdr_fused.tensors import (
+    check_tensors,
+    dtypes_of_state,
+    kinds_of_tensors,
+    local_tensor,
+    named_params,
+)
 
 __all__ = ["FusedSGDR"]
 
@@ -71,6 +80,23 @@ class FusedSGDR(Optimizer):
         reset_momentum: Drop the momentum at each restart.
         maximize: Ascend instead of descend.
         decoupled_weight_decay: Multiply the parameter by ``1 - lr * weight_decay`` instead (SGDW).
+        max_grad_norm: Scale the gradients down to at most this norm, as
+            :func:`torch.nn.utils.clip_grad_norm_` over the parameters of all groups; the gradients
+            themselves are not written. DTensor shards are summed up over their ranks.
+        skip_nonfinite: Skip a step whose gradients hold an infinity or NaN: nothing changes, the
+            schedule included, but for :attr:`skipped_steps`.
+        ema_decay: Keep an average of each parameter,
+            :math:`\bar p \leftarrow d \bar p + (1 - d) p` with this :math:`d`, in float32 (or
+            float64); it starts as the parameter after its first step. ``"swa"``: the equal average
+            of the weights at the ends of the cycles. See :meth:`swap_ema`.
+        momentum_dtype: Dtype of the momentum buffers, in place of the parameter's; to one narrower
+            than the arithmetic they are rounded stochastically.
+        stochastic_rounding: Round float16 and bfloat16 parameters and buffers stochastically, so
+            that small updates are not lost.
+        master_weights: Keep a float32 copy of float16 and bfloat16 parameters in the state. It is
+            the copy that is trained: a value written to the parameter is overwritten.
+        seed: Of the random numbers, from 0 to 2^64 - 1. They depend on it, on the parameter's
+            place, the element and the number of applied steps, and on nothing else.
         backend: ``"native"`` raises where the native step cannot run, ``"reference"`` runs the
             plain PyTorch step, ``"auto"`` takes the former where it can and says so once where it
             cannot.
@@ -97,6 +123,11 @@ class FusedSGDR(Optimizer):
     # GradScaler then leaves the gradients alone and sets grad_scale and found_inf for the step.
     _step_supports_amp_scaling = True
 
+    _clipping = Clipping()
+    _is_swapped = False
+    # Of the load_state_dict() under way.
+    _saved_state: Mapping[Tensor, Any] = MappingProxyType({})
+
     def __init__(
         self,
         params: ParamsT,
@@ -118,6 +149,13 @@ class FusedSGDR(Optimizer):
         reset_momentum: bool = False,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | Literal["swa"] | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
         backend: Backend = "auto",
     ) -> None:
         if backend not in get_args(Backend):
@@ -127,6 +165,7 @@ class FusedSGDR(Optimizer):
         if backend == "native" and native.extension is None:
             raise RuntimeError(f'backend="native" is not available: {native.why_missing}')
         self.backend = backend
+        self._clipping = _checked_clipping(max_grad_norm, skip_nonfinite)
         self._stepper = self._new_stepper()
         defaults = {
             "lr": lr,
@@ -146,6 +185,11 @@ class FusedSGDR(Optimizer):
             "reset_momentum": reset_momentum,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "ema_decay": ema_decay,
+            "momentum_dtype": momentum_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "master_weights": master_weights,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
@@ -180,6 +224,11 @@ class FusedSGDR(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if self._is_swapped:
+            raise RuntimeError(
+                "step() was called within a swap_ema() block, where the parameters are averages; "
+                "leave the block first"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -211,14 +260,18 @@ class FusedSGDR(Optimizer):
             raise RuntimeError(f'backend="native" cannot take this step: {reason}')
         to_host(self.param_groups, self.state)
         self._stepper = ReferenceStepper(_SLOWER + reason)
+        self._stepper.set_clipping(*self._clipping)
 
     def _new_stepper(self) -> Any:
         if self.backend == "reference":
-            return ReferenceStepper()
-        if native.extension is None:
-            return ReferenceStepper(_SLOWER + native.why_missing)
-        sync = sync_group_on_device if native.extension.has_cuda else sync_group_on_host
-        return native.extension.Stepper(sync, local_tensor)
+            stepper: Any = ReferenceStepper()
+        elif native.extension is None:
+            stepper = ReferenceStepper(_SLOWER + native.why_missing)
+        else:
+            sync = sync_group_on_device if native.extension.has_cuda else sync_group_on_host
+            stepper = native.extension.Stepper(sync, local_tensor, shard_axes, sum_over_shards)
+        stepper.set_clipping(*self._clipping)
+        return stepper
 
     def _sync(self) -> None:
         self._stepper.sync(self.param_groups, self.state)
@@ -233,6 +286,78 @@ class FusedSGDR(Optimizer):
                 "... to FusedSGDR instead"
             )
         super().__setattr__(name, value)
+
+    # --------------------------------------------------------------------------------------
+    # clipping and averages
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Norm that the gradients are scaled down to; None: they are not. May be set."""
+        return self._clipping.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        self._clipping = _checked_clipping(max_grad_norm, self._clipping.skip_nonfinite)
+        self._stepper.set_clipping(*self._clipping)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        """Whether a step with an infinite or NaN gradient is skipped. May be set."""
+        return self._clipping.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, skip_nonfinite: bool) -> None:
+        self._clipping = _checked_clipping(self._clipping.max_grad_norm, skip_nonfinite)
+        self._stepper.set_clipping(*self._clipping)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients at the last step, before clipping: float64, of shape (), on the
+        parameters' device. None before the first step, and where neither ``max_grad_norm`` nor
+        ``skip_nonfinite`` asks for it.
+        """
+        norm = self._stepper.grad_norm
+        return torch.tensor(norm, dtype=torch.float64) if isinstance(norm, float) else norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps that were skipped, by ``skip_nonfinite`` or by a GradScaler."""
+        return int(self.param_groups[0]["skipped_steps"])
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Evaluate with the averages: within the ``with`` block they stand in the parameters'
+        place.
+
+        A parameter without an average (no step yet, or with ``"swa"`` no end of a cycle) stays as
+        it is. Buffers of the model, such as BatchNorm's statistics, are not averaged: call
+        :func:`torch.optim.swa_utils.update_bn` within the block where the model has any.
+
+        Raises:
+            RuntimeError: :meth:`step` was called within the block.
+        """
+        if self._is_swapped:
+            raise RuntimeError("swap_ema() was called within a swap_ema() block")
+        _, state = self._on_host()
+        self._is_swapped = True
+        try:
+            with ema.swapped_in(self.param_groups, state):
+                yield
+        finally:
+            self._is_swapped = False
+
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        """The averages under their parameters' names, to be loaded into a model like this one.
+
+        Returns:
+            Copies, in float32 (or float64). A parameter without an average stands for itself.
+
+        Raises:
+            ValueError: The optimizer was made without names, that is, not with
+                ``model.named_parameters()``.
+        """
+        groups, state = self._on_host()
+        return ema.averages_by_name(groups, state)
 
     # --------------------------------------------------------------------------------------
     # schedule
@@ -271,7 +396,7 @@ class FusedSGDR(Optimizer):
             if device_state is None:
                 drop_momentum(param_group, self.state)
             else:
-                device_state.first_step.fill_(1)
+                device_state.is_empty["momentum_buffer"].fill_(1)
         self._sync()
 
     def seek(self, step: int) -> None:
@@ -312,6 +437,7 @@ class FusedSGDR(Optimizer):
                 raise ValueError("Tensor lr must be 1-element")
             group["lr"] = float(lr)
             group["initial_lr"] = float(group.get("initial_lr", lr))
+            group.setdefault("skipped_steps", 0)
             move_group(group, self._joining_position(group))
             check_group(group)
         except (ValueError, TypeError):
@@ -365,6 +491,7 @@ class FusedSGDR(Optimizer):
         groups, state = self._on_host()
         return super().__getstate__() | {
             "backend": self.backend,
+            "_clipping": self._clipping,
             "param_groups": groups,
             "state": state,
         }
@@ -389,6 +516,7 @@ class FusedSGDR(Optimizer):
             is_ours = all(name in group for name in Position._fields)
             group = {key: value for key, value in own.items() if key != "lr"} | group
             group |= position_of(group)._asdict()
+            group["skipped_steps"] = int(group["skipped_steps"])
             try:
                 group["initial_lr"] = float(group["initial_lr"])
                 check_group(group)
@@ -401,23 +529,47 @@ class FusedSGDR(Optimizer):
             groups.append(group)
 
         state: defaultdict[Tensor, Any] = defaultdict(dict)
-        for name, _, param in named_params(groups):
+        for name, of_group, param in named_params(groups):
             if param not in loaded["state"]:
                 continue
             of_param = {k: v for k, v in loaded["state"][param].items() if v is not None}
-            buffer = of_param.get("momentum_buffer")
-            if buffer is not None:
-                if not isinstance(buffer, Tensor) or buffer.shape != param.shape:
-                    found = tuple(buffer.shape) if isinstance(buffer, Tensor) else repr(buffer)
-                    raise ValueError(
-                        f"the state_dict does not fit: {name} has shape {tuple(param.shape)}, "
-                        f"its momentum_buffer {found}; was it saved from another model?"
+            for role, dtype in dtypes_of_state(of_group, param).items():
+                if role in of_param:
+                    of_param[role] = self._as_saved(param, role, of_param[role], name).to(
+                        param.device, dtype, copy=True
                     )
-                # torch would share the tensor with the state_dict, and so with whoever else loads
-                # it.
-                of_param["momentum_buffer"] = buffer.clone()
             state[param] = of_param
         return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that :meth:`state_dict` gave, or that of a ``torch.optim.SGD``.
+
+        Args:
+            state_dict: The tensors in it are copied. Of an SGD's, whose schedule is not known, the
+                schedule stays where it is.
+
+        Raises:
+            ValueError: It does not fit, or an option in it is out of its range; the optimizer is
+                as it was.
+        """
+        # After all of the user's own.
+        hook = self.register_load_state_dict_pre_hook(_note_saved_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._saved_state = {}
+
+    def _as_saved(self, param: Tensor, role: str, tensor: Any, name: str) -> Tensor:
+        """The tensor as it was before torch rounded it to its parameter's dtype."""
+        saved = self._saved_state.get(param, {}).get(role, tensor)
+        if not isinstance(saved, Tensor) or saved.shape != param.shape:
+            found = tuple(saved.shape) if isinstance(saved, Tensor) else repr(saved)
+            raise ValueError(
+                f"the state_dict does not fit: {name} has shape {tuple(param.shape)}, "
+                f"its {role} {found}; was it saved from another model?"
+            )
+        return saved
 
     # ---------------------------------------------------------------------------------------
     # interop
@@ -472,6 +624,25 @@ class FusedSGDR(Optimizer):
 _SLOWER = "FusedSGDR takes the slower reference path: "
 
 _ONLY_SGD = ("foreach", "differentiable", "fused")
+
+
+def _checked_clipping(max_grad_norm: float | None, skip_nonfinite: bool) -> Clipping:
+    if max_grad_norm is not None and not (is_finite(max_grad_norm) and max_grad_norm > 0):
+        raise ValueError(
+            f"Invalid max_grad_norm value: {max_grad_norm!r}; max_grad_norm must be None or a "
+            "finite float > 0"
+        )
+    return Clipping(max_grad_norm, bool(skip_nonfinite))
+
+
+def _note_saved_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    # Of unlike lengths torch will complain.
+    optimizer._saved_state = {  # type: ignore[attr-defined]
+        param: state_dict["state"].get(index, {})
+        for param, index in zip(params, saved, strict=False)
+    }
 
 
 def _without_duplicates(param_group: dict[str, Any]) -> dict[str, Any]:

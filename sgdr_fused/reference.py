@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgdr_fused.grad_norm import (
+    clip_coefficient,
+    norm_of,
+    shard_axes,
+    sum_of_squares,
+    sum_over_shards,
+)
 from sgdr_fused.groups import drop_momentum, move_group, position_of, sync_group
+from sgdr_fused.rounding import RandomKey, Rounded, random_bits, round_stochastically
 from sgdr_fused.schedule import CosineWarmRestarts
-from sgdr_fused.tensors import check_tensors, local_tensor
+from sgdr_fused.tensors import arithmetic_dtype, check_tensors, dtypes_of_state, local_tensor
 
-__all__ = ["ReferenceStepper", "reference_step"]
+__all__ = ["Clipping", "ReferenceStepper", "reference_step"]
+
+
+class Clipping(NamedTuple):
+    """What the norm of all gradients is for.
+
+    Attributes:
+        max_grad_norm: The gradients are scaled down to at most this norm; None: they are not.
+        skip_nonfinite: A step whose gradients hold an infinity or NaN is skipped.
+    """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the gradients have to be read for it."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
 
 
 class ReferenceStepper:
@@ -27,6 +53,12 @@ class ReferenceStepper:
     def __init__(self, warning: str = "") -> None:
         self._warning = warning
         self._groups_before: list[dict[str, Any]] = []
+        self._clipping = Clipping()
+        self.grad_norm: float | None = None
+
+    def set_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
+        """Sets the options that are the whole optimizer's: see :class:`Clipping`."""
+        self._clipping = Clipping(max_grad_norm, skip_nonfinite)
 
     def sync(
         self,
@@ -72,12 +104,14 @@ class ReferenceStepper:
             RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
         """
         if found_inf is not None and float(found_inf) != 0:
+            _count_skipped(param_groups)
             return True
         self.sync(param_groups, state)
         if self._warning:
             warnings.warn(self._warning, stacklevel=_frames_to_caller())
             self._warning = ""
-        reference_step(param_groups, state, 1.0 if grad_scale is None else float(grad_scale))
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        self.grad_norm = reference_step(param_groups, state, scale, self._clipping)
         self._groups_before = [dict(group) for group in param_groups]
         return True
 
@@ -87,46 +121,85 @@ def reference_step(
     param_groups: Sequence[MutableMapping[str, Any]],
     state: MutableMapping[Tensor, Any],
     grad_scale: float = 1.0,
-) -> None:
+    clipping: Clipping = Clipping(),  # noqa: B008
+) -> float | None:
     r"""One step of SGD with momentum for every parameter that has a gradient, then of the schedule.
 
     .. math::
-        g &\leftarrow \mathtt{grad} / \mathtt{grad\_scale} \qquad (-g \text{ if maximize}) \\
+        g &\leftarrow \mathtt{grad} / \mathtt{grad\_scale} \cdot
+        \min(1, \mathtt{max\_grad\_norm} / (\lVert g \rVert + 10^{-6}))
+        \qquad (-g \text{ if maximize}) \\
         g &\leftarrow g + \lambda p \qquad (p \leftarrow p (1 - \eta \lambda) \text{ instead if
         decoupled}) \\ b &\leftarrow g \text{ at the first step, else } \mu b + (1 - \tau) g \\
-        p &\leftarrow p - \eta (g + \mu b \text{ if nesterov, else } b)
+        p &\leftarrow p - \eta (g + \mu b \text{ if nesterov, else } b) \\
+        \bar p &\leftarrow p \text{ at first, else }
+        \mathtt{ema\_decay}\, \bar p + (1 - \mathtt{ema\_decay})\, p
 
-    The formula and its order are :class:`torch.optim.SGD`'s. Arithmetic is in float64 for float64
-    parameters and in float32 for all others; parameter and buffer are rounded to their own dtype
-    once, at the end.
+    The formula and its order are :class:`torch.optim.SGD`'s; the norm is that of
+    :func:`torch.nn.utils.clip_grad_norm_`, over the gradients of all groups. Arithmetic is in
+    float64 for float64 parameters and in float32 for all others; parameter and buffer are rounded
+    to their own dtype once, at the end.
 
     Args:
         param_groups: Param groups of a :class:`FusedSGDR`; their schedule entries are brought one
             step forward.
-        state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape;
-            made at a parameter's first step.
+        state: Momentum buffers, ``state[param]["momentum_buffer"]``, averages (``"ema"``) and
+            master copies (``"master_param"``), of the parameter's shape; made at a parameter's
+            first step.
         grad_scale: What the gradients were multiplied by. They are not written back.
+        clipping: Options of the whole optimizer.
+
+    Returns:
+        The norm of the gradients before clipping; None where `clipping` asks for none.
 
     Raises:
         ValueError: A gradient or buffer does not fit its parameter; nothing was written.
         RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
     """
     check_tensors(param_groups, state)
+    norm, coefficient = None, 1.0
+    if clipping.needs_norm:
+        norm = _norm_of_grads(param_groups, grad_scale)
+        if clipping.skip_nonfinite and not math.isfinite(norm):
+            _count_skipped(param_groups)
+            return norm
+        if clipping.max_grad_norm is not None:
+            coefficient = clip_coefficient(norm, clipping.max_grad_norm)
+
+    param_index = -1
     for group in param_groups:
         for param in group["params"]:
+            param_index += 1
             if param.grad is None:
                 continue
-            buffer = None
-            if group["momentum"] != 0:
-                buffer = state[param].get("momentum_buffer")
-            is_first = group["momentum"] != 0 and buffer is None
-            if is_first:
-                buffer = torch.zeros_like(param)
-            _update(group, param, buffer, is_first, grad_scale)
-            if is_first:
-                state[param]["momentum_buffer"] = buffer
+            key = RandomKey(group["seed"], group["step"], param_index)
+            multiplier = -coefficient if group["maximize"] else coefficient
+            new = _update(group, param, state.get(param, {}), grad_scale, multiplier, key)
+            if new:
+                state[param].update(new)
     for group in param_groups:
         _advance_group(group, state)
+    return norm
+
+
+def _norm_of_grads(param_groups: Sequence[MutableMapping[str, Any]], grad_scale: float) -> float:
+    parts: dict[Any, list[Tensor]] = {None: []}
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                flat = _in_order_of_memory(_as_real(param.grad, param), _as_real(param, param))
+                parts.setdefault(shard_axes(param), []).append(flat)
+    sums = []
+    for axes, grads in parts.items():
+        sums.append(sum_of_squares(grads))
+        if axes is not None:
+            sum_over_shards(sums[-1], axes)
+    return norm_of(sums, grad_scale)
+
+
+def _count_skipped(param_groups: Iterable[MutableMapping[str, Any]]) -> None:
+    for group in param_groups:
+        group["skipped_steps"] += 1
 
 
 def _frames_to_caller() -> int:
@@ -150,19 +223,32 @@ def _advance_group(group: MutableMapping[str, Any], state: MutableMapping[Tensor
 def _update(
     group: MutableMapping[str, Any],
     param: Tensor,
-    momentum_buffer: Tensor | None,
-    is_first: bool,
+    of_param: Mapping[str, Any],
     grad_scale: float,
-) -> None:
-    p_stored = _as_real(param, param)
-    p = _to_arithmetic(p_stored)
-    g = _to_arithmetic(_as_real(param.grad, param), p.dtype)
+    grad_multiplier: float,
+    key: RandomKey,
+) -> dict[str, Any]:
+    """Updates a parameter and its state; returns what is new in the state."""
+    new: dict[str, Any] = {}
+    stored = {}
+    for role, dtype in dtypes_of_state(group, param).items():
+        tensor = of_param.get(role)
+        if tensor is None:
+            tensor = new[role] = torch.zeros_like(param, dtype=dtype)
+        stored[role] = _as_real(tensor, param)
+    p_stored = layout = _as_real(param, param)
+    if "master_param" in stored:
+        if "master_param" in new:
+            stored["master_param"].copy_(p_stored)
+        low_precision, p_stored = p_stored, stored["master_param"]
+    p = p_stored.to(arithmetic_dtype(p_stored.dtype))
+    g = _as_real(param.grad, param).to(p.dtype)
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
 
     if grad_scale != 1:
         g = g / grad_scale
-    if group["maximize"]:
-        g = -g
+    if grad_multiplier != 1:
+        g = g * grad_multiplier
     if weight_decay != 0:
         if group["decoupled_weight_decay"]:
             p.mul_(1 - lr * weight_decay)
@@ -170,21 +256,72 @@ def _update(
             g = g.add(p, alpha=weight_decay)
 
     direction = g
-    if momentum_buffer is not None:
-        b_stored = _as_real(momentum_buffer, param)
-        b = _to_arithmetic(b_stored, p.dtype)
-        if is_first:
+    if "momentum_buffer" in stored:
+        b_stored = stored["momentum_buffer"]
+        b = b_stored.to(p.dtype)
+        if "momentum_buffer" in new:
             b.copy_(g)
         else:
             b.mul_(momentum).add_(g, alpha=1 - group["dampening"])
         direction = g.add(b, alpha=momentum) if group["nesterov"] else b
         p.add_(direction, alpha=-lr)
-        if b is not b_stored:
-            b_stored.copy_(b)
+        is_rounded = group["stochastic_rounding"] or group["momentum_dtype"] is not None
+        _store(b, b_stored, layout, is_rounded, key, Rounded.MOMENTUM_BUFFER)
     else:
         p.add_(direction, alpha=-lr)
-    if p is not p_stored:
-        p_stored.copy_(p)
+
+    if "ema" in stored:
+        new |= _average(group, p, stored["ema"], of_param)
+        if group["ema_decay"] == "swa" and "n_averaged" not in new:
+            new.pop("ema", None)
+    _store(p, p_stored, layout, group["stochastic_rounding"], key, Rounded.PARAM)
+    if "master_param" in stored:
+        low_precision.copy_(p)
+    return new
+
+
+def _average(
+    group: Mapping[str, Any], p: Tensor, ema: Tensor, of_param: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Takes a parameter into its average; returns the number of weights in an equal one."""
+    decay = group["ema_decay"] if of_param.get("ema") is not None else 0.0
+    new = {}
+    if group["ema_decay"] == "swa":
+        if not CosineWarmRestarts.of_group(group).ends_cycle(position_of(group)):
+            return {}
+        n_averaged = of_param.get("n_averaged", 0) if of_param.get("ema") is not None else 0
+        decay = n_averaged / (n_averaged + 1)
+        new["n_averaged"] = n_averaged + 1
+    if decay == 0:
+        ema.copy_(p)
+    else:
+        ema.mul_(decay).add_(p, alpha=1 - decay)
+    return new
+
+
+def _store(
+    value: Tensor,
+    stored: Tensor,
+    layout: Tensor,
+    is_rounded: bool,
+    key: RandomKey,
+    rounded: Rounded,
+) -> None:
+    if stored is value:
+        return
+    if not is_rounded or stored.dtype not in (torch.float16, torch.bfloat16):
+        stored.copy_(value)
+        return
+    bits = random_bits(key, rounded, value.numel())
+    bits = bits.as_strided(value.shape, torch.empty_like(layout).stride())
+    stored.copy_(round_stochastically(value, stored.dtype, bits))
+
+
+def _in_order_of_memory(tensor: Tensor, param: Tensor) -> Tensor:
+    """The elements in the order in which the parameter's lie in memory."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    flat.as_strided(tensor.shape, torch.empty_like(param).stride()).copy_(tensor)
+    return flat
 
 
 def _as_real(tensor: Tensor | None, param: Tensor) -> Tensor:
@@ -193,10 +330,3 @@ def _as_real(tensor: Tensor | None, param: Tensor) -> Tensor:
     local = local_tensor(tensor, param)
     plain = tensor if local is None else local
     return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
-
-
-def _to_arithmetic(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor itself where it has the dtype of the arithmetic, else a copy."""
-    if dtype is None:
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.to(dtype)

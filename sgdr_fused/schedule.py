@@ -204,6 +204,10 @@ class CosineWarmRestarts:
         """Whether a cycle other than the first begins at a position."""
         return position.T_cur == 0 < position.cycle and not self.is_over(position.cycle)
 
+    def ends_cycle(self, position: Position) -> bool:
+        """Whether the step taken at a position is the last of its cycle."""
+        return position.T_cur + 1 >= position.T_i and not self.is_over(position.cycle)
+
     def is_over(self, cycle: int) -> bool:
         """Whether a cycle comes after the last of ``n_cycles``."""
         return self.n_cycles is not None and cycle >= self.n_cycles

@@ -8,7 +8,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_tensors", "kinds_of_tensors", "local_tensor", "named_params"]
+__all__ = [
+    "arithmetic_dtype",
+    "check_tensors",
+    "dtypes_of_state",
+    "kinds_of_tensors",
+    "local_tensor",
+    "named_params",
+]
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on a parameter of some dtype; complex for a complex one."""
+    wide = dtype in (torch.float64, torch.complex128)
+    if dtype.is_complex:
+        return torch.complex128 if wide else torch.complex64
+    return torch.float64 if wide else torch.float32
+
+
+def dtypes_of_state(group: Mapping[str, Any], param: Tensor) -> dict[str, torch.dtype]:
+    """The tensors that a parameter has in the optimizer's state, and their dtypes.
+
+    Args:
+        group: The parameter's group.
+        param: The parameter.
+
+    Raises:
+        ValueError: The group's momentum_dtype is not for this parameter.
+    """
+    dtypes = {}
+    has_master = group["master_weights"] and param.dtype in (torch.float16, torch.bfloat16)
+    if group["momentum"] != 0:
+        momentum_dtype = group["momentum_dtype"]
+        if momentum_dtype is not None and param.is_complex():
+            raise ValueError(
+                f"momentum_dtype={momentum_dtype} is for real parameters, but one is of dtype "
+                f"{param.dtype}; give the complex ones a param group without momentum_dtype"
+            )
+        dtypes["momentum_buffer"] = momentum_dtype or (torch.float32 if has_master else param.dtype)
+    if group["ema_decay"] is not None:
+        dtypes["ema"] = arithmetic_dtype(param.dtype)
+    if has_master:
+        dtypes["master_param"] = torch.float32
+    return dtypes
 
 
 def named_params(
@@ -46,7 +88,7 @@ def local_tensor(tensor: Tensor, param: Tensor) -> Tensor | None:
 def check_tensors(
     param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
-    """Raises for the first gradient or momentum buffer that does not fit its parameter.
+    """Raises for the first gradient or tensor of the state that does not fit its parameter.
 
     Args:
         param_groups: The optimizer's.
@@ -80,13 +122,18 @@ def check_tensors(
                 f"{name} has several elements at one memory address (was it expanded?); "
                 "pass param.clone() instead"
             )
-        buffer = state.get(param, {}).get("momentum_buffer") if group["momentum"] != 0 else None
-        if buffer is not None:
-            if not isinstance(buffer, Tensor):
+        of_param = state.get(param, {})
+        for role, dtype in dtypes_of_state(group, param).items():
+            tensor = of_param.get(role)
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name} has {role}={tensor!r}; it must be a tensor or None")
+            _check_fits(name, role, tensor, param)
+            if role != "momentum_buffer" and tensor.dtype != dtype:
                 raise ValueError(
-                    f"{name} has momentum_buffer={buffer!r}; it must be a tensor or None"
+                    f"{name} has state[{role!r}] of dtype {tensor.dtype}; it must be of {dtype}"
                 )
-            _check_fits(name, "momentum_buffer", buffer, param)
 
 
 def kinds_of_tensors(param_groups: Sequence[Mapping[str, Any]]) -> str:

@@ -59,6 +59,10 @@ def to_size(size):
     return (size,) if isinstance(size, int) else size
 
 
+# The tensors that a parameter may have in the optimizer's state.
+ROLES = ("momentum_buffer", "ema", "master_param")
+
+
 def give_gradients(step, *sides):
     """Gives each side's parameters, one by one, equal gradients in memory of their own."""
     generator = torch.Generator().manual_seed(10_000 + step)
@@ -75,6 +79,10 @@ def make_scaler(init_scale, **options):
     return scaler
 
 
+def _clone(tensor):
+    return None if tensor is None else tensor.clone()
+
+
 def momentum_of(optimizer, param):
     """The momentum buffer, or None: torch leaves a None where there is no momentum."""
     return optimizer.state.get(param, {}).get("momentum_buffer")
@@ -89,6 +97,22 @@ def same_bits(left, right):
     bits = _BITS[left.dtype.itemsize]
     equal = left.contiguous().view(bits) == right.contiguous().view(bits)
     return bool((equal | (left.isnan() & right.isnan())).all())
+
+
+def assert_same_state(left, left_params, right, right_params, where=""):
+    """Parameters, all that is in their state, and the schedule are equal to the bit."""
+    assert_same(left, left_params, right, right_params, where)
+    for i, params in enumerate(zip(left_params, right_params, strict=True)):
+        ours, theirs = (o.state.get(p, {}) for o, p in zip((left, right), params, strict=True))
+        assert ours.keys() == theirs.keys(), f"state of parameter {i} {where}"
+        for name, value in ours.items():
+            if name in ROLES:
+                assert same_bits(value, theirs[name]), f"{name} of parameter {i} differs {where}"
+            else:
+                assert value == theirs[name], f"{name} of parameter {i} differs {where}"
+    for name in ("step", "cycle", "T_cur", "T_i", "skipped_steps"):
+        ours, theirs = ([group[name] for group in o.param_groups] for o in (left, right))
+        assert ours == theirs, f"{name} differs {where}"
 
 
 def assert_same(ours, our_params, theirs, their_params, where=""):
@@ -108,12 +132,9 @@ def snapshot(optimizer, params):
     """All that a step may change, as plain values: compare two with ``assert_unchanged``."""
     return {
         "params": [p.detach().clone() for p in params],
-        "momentum": [
-            None if momentum_of(optimizer, p) is None else momentum_of(optimizer, p).clone()
-            for p in params
-        ],
+        **{role: [_clone(optimizer.state.get(p, {}).get(role)) for p in params] for role in ROLES},
         "groups": [
-            {key: value for key, value in group.items() if key != "params"}
+            {key: value for key, value in group.items() if key not in ("params", "skipped_steps")}
             for group in optimizer.param_groups
         ],
         "members": [[id(p) for p in group["params"]] for group in optimizer.param_groups],
@@ -122,9 +143,9 @@ def snapshot(optimizer, params):
 
 
 def assert_unchanged(before, optimizer, params):
-    """Nothing has changed since the snapshot, to the bit."""
+    """Nothing has changed since the snapshot, to the bit, but for the count of skipped steps."""
     after = snapshot(optimizer, params)
-    for name in ("params", "momentum"):
+    for name in ("params", *ROLES):
         for i, (old, new) in enumerate(zip(before[name], after[name], strict=True)):
             assert (old is None) == (new is None), f"{name} {i}"
             assert old is None or same_bits(old, new), f"{name} {i} changed"

@@ -54,9 +54,7 @@ class Operand {
   bool is_direct() const { return type_ == kElementType<T>; }
 
   // Without the content.
-  T* block(int64_t begin) {
-    return is_direct() ? reinterpret_cast<T*>(memory_) + begin : block_;
-  }
+  T* block(int64_t begin) { return is_direct() ? reinterpret_cast<T*>(memory_) + begin : block_; }
 
   T* load(int64_t begin, int64_t numel) {
     if (memory_ == nullptr) return nullptr;
@@ -133,8 +131,8 @@ template <class InstructionSet, class T>
 void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
                   const GroupLoops<T>& loops) {
   constexpr ElementType kDirect = kElementType<T>;
-  const bool is_direct = entry.param_type == kDirect && entry.grad_type == kDirect &&
-                         entry.momentum_type == kDirect;
+  const bool is_direct =
+      entry.param_type == kDirect && entry.grad_type == kDirect && entry.momentum_type == kDirect;
   if (!is_direct || entry.first_step || entry.ema != nullptr ||
       entry.low_precision_param != nullptr) {
     update_by_blocks<InstructionSet>(entry, begin, end, loops);

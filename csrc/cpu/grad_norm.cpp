@@ -53,8 +53,8 @@ double sum_of_squared_grads(const FusedStep& step) {
 }  // namespace cpu
 
 double sum_of_squared_grads_cpu(const FusedStep& step) {
-  static const auto sum_function = cpu::with_instruction_set(
-      [](auto set) -> double (*)(const FusedStep&) {
+  static const auto sum_function =
+      cpu::with_instruction_set([](auto set) -> double (*)(const FusedStep&) {
         return cpu::sum_of_squared_grads<decltype(set)>;
       });
   return sum_function(step);

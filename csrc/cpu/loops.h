@@ -44,7 +44,8 @@ SGDR_HD void round_elements(const T* __restrict__ from, uint16_t* __restrict__ t
   constexpr int64_t kNumel = kDraws * kDrawNumel;
   for (int64_t done = 0; done < numel; done += kNumel) {
     uint32_t words[kDraws][4];
-    for (int64_t i = 0; i < kDraws; ++i) draw(key, rounded, (begin + done) / kDrawNumel + i, words[i]);
+    for (int64_t i = 0; i < kDraws; ++i)
+      draw(key, rounded, (begin + done) / kDrawNumel + i, words[i]);
     uint16_t bits[kNumel];
     for (int64_t i = 0; i < kDraws; ++i) {
       for (uint32_t j = 0; j < kDrawNumel; ++j)
@@ -89,30 +90,30 @@ SGDR_HD double sum_of_squares_of_elements(const Stored* values, int64_t numel) {
 }
 
 // Function templates whose bodies, and all that is inlined into them, are compiled for `target`.
-#define SGDR_INSTRUCTION_SET(name, target)                                                         \
-  struct name {                                                                                    \
-    template <class Options, class T>                                                              \
-    target static void update(T* param, const T* grad, T* momentum_buffer, int64_t numel,          \
-                              const UpdateScalars<T>& scalars) {                                   \
-      update_elements<Options>(param, grad, momentum_buffer, numel, scalars);                      \
-    }                                                                                              \
-    template <class T>                                                                             \
-    target static void update_ema(T* ema, const T* param, int64_t numel, double decay) {           \
-      update_ema_elements(ema, param, numel, EmaScalars<T>(decay));                                \
-    }                                                                                              \
-    template <class From, class To>                                                                \
-    target static void convert(const void* from, void* to, int64_t numel) {                        \
-      convert_elements(static_cast<const From*>(from), static_cast<To*>(to), numel);               \
-    }                                                                                              \
-    template <class T, class To>                                                                   \
-    target static void round(const T* from, void* to, int64_t numel, const RandomKey& key,         \
-                             Rounded rounded, int64_t begin) {                                     \
-      round_elements<T, To>(from, static_cast<uint16_t*>(to), numel, key, rounded, begin);         \
-    }                                                                                              \
-    template <class Stored>                                                                        \
-    target static double sum_of_squares(const void* values, int64_t numel) {                       \
-      return sum_of_squares_of_elements(static_cast<const Stored*>(values), numel);                \
-    }                                                                                              \
+#define SGDR_INSTRUCTION_SET(name, target)                                                 \
+  struct name {                                                                            \
+    template <class Options, class T>                                                      \
+    target static void update(T* param, const T* grad, T* momentum_buffer, int64_t numel,  \
+                              const UpdateScalars<T>& scalars) {                           \
+      update_elements<Options>(param, grad, momentum_buffer, numel, scalars);              \
+    }                                                                                      \
+    template <class T>                                                                     \
+    target static void update_ema(T* ema, const T* param, int64_t numel, double decay) {   \
+      update_ema_elements(ema, param, numel, EmaScalars<T>(decay));                        \
+    }                                                                                      \
+    template <class From, class To>                                                        \
+    target static void convert(const void* from, void* to, int64_t numel) {                \
+      convert_elements(static_cast<const From*>(from), static_cast<To*>(to), numel);       \
+    }                                                                                      \
+    template <class T, class To>                                                           \
+    target static void round(const T* from, void* to, int64_t numel, const RandomKey& key, \
+                             Rounded rounded, int64_t begin) {                             \
+      round_elements<T, To>(from, static_cast<uint16_t*>(to), numel, key, rounded, begin); \
+    }                                                                                      \
+    template <class Stored>                                                                \
+    target static double sum_of_squares(const void* values, int64_t numel) {               \
+      return sum_of_squares_of_elements(static_cast<const Stored*>(values), numel);        \
+    }                                                                                      \
   };
 
 SGDR_INSTRUCTION_SET(Baseline, )
@@ -135,15 +136,14 @@ template <class InstructionSet, class T>
 UpdateLoop<T> find_update_loop(const GroupStep& group) {
   return static_switch<GradScale::kNone, GradScale::kMultiply, GradScale::kDivideAndMultiply>(
       grad_scale_of(group.scalars), [&](auto grad_scale) {
-        return static_switch<WeightDecay::kL2, WeightDecay::kDecoupled>(
-            group.weight_decay, [&](auto weight_decay) {
-              return static_switch<Direction::kGrad, Direction::kMomentumBuffer,
-                                   Direction::kNesterov>(
-                  group.direction, [&](auto direction) -> UpdateLoop<T> {
-                    using Options = UpdateOptions<grad_scale, weight_decay, direction>;
-                    return InstructionSet::template update<Options, T>;
-                  });
-            });
+        return static_switch<WeightDecay::kL2,
+                             WeightDecay::kDecoupled>(group.weight_decay, [&](auto weight_decay) {
+          return static_switch<Direction::kGrad, Direction::kMomentumBuffer, Direction::kNesterov>(
+              group.direction, [&](auto direction) -> UpdateLoop<T> {
+                using Options = UpdateOptions<grad_scale, weight_decay, direction>;
+                return InstructionSet::template update<Options, T>;
+              });
+        });
       });
 }
 

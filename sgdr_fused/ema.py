@@ -1,0 +1,54 @@
+"""The averages of the weights that ``ema_decay`` keeps, for evaluation and for saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["averages_by_name", "swapped_in"]
+
+
+@contextmanager
+def swapped_in(
+    param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+) -> Iterator[None]:
+    """Puts the averages in the parameters' place; see :meth:`FusedSGDR.swap_ema`."""
+    own = {}
+    try:
+        with torch.no_grad():
+            for param in _params(param_groups):
+                ema = state.get(param, {}).get("ema")
+                if ema is not None:
+                    own[param] = param.detach().clone()
+                    param.copy_(ema)
+        yield
+    finally:
+        with torch.no_grad():
+            for param, value in own.items():
+                param.copy_(value)
+
+
+def averages_by_name(
+    param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """See :meth:`FusedSGDR.ema_state_dict`."""
+    averages = {}
+    for i, group in enumerate(param_groups):
+        if "param_names" not in group:
+            raise ValueError(
+                f"param_groups[{i}] has no names to save averages under; make the optimizer with "
+                "model.named_parameters() in place of model.parameters()"
+            )
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            ema = state.get(param, {}).get("ema")
+            averages[name] = (param if ema is None else ema).detach().clone()
+    return averages
+
+
+def _params(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+    for group in param_groups:
+        yield from group["params"]

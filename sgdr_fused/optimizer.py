@@ -26,6 +26,7 @@ from sgdr_fused.device_state import (
 )
 from sgdr_fused.grad_norm import shard_axes, sum_over_shards
 from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of
+from sgdr_fused.in_backward import StepInBackward, refuse_clipping
 from sgdr_fused.reference import Clipping, ReferenceStepper
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position, is_finite
 from sgdr_fused.tensors import (
@@ -124,6 +125,7 @@ class FusedSGDR(Optimizer):
     _step_supports_amp_scaling = True
 
     _clipping = Clipping()
+    _in_backward: StepInBackward | None = None
     _is_swapped = False
     # Of the load_state_dict() under way.
     _saved_state: Mapping[Tensor, Any] = MappingProxyType({})
@@ -243,6 +245,38 @@ class FusedSGDR(Optimizer):
     # torch's own wrapper: the profiler range and the hooks.
     _observed_step = Optimizer.profile_hook_step(_step)
 
+    def step_in_backward(self) -> StepInBackward:
+        """Update each parameter within ``backward()``, as soon as its gradient is there, and free
+        the gradient.
+
+        So the gradients of a model are never there all at once. Call :meth:`step` once an
+        iteration as before: it moves the schedule one step on, and updates what ``backward()`` did
+        not reach. Each ``backward()`` updates, so gradients cannot be accumulated over several,
+        and a GradScaler, which has to see all of them first, cannot be used.
+
+        Returns:
+            A handle, whose ``remove()`` makes :meth:`step` update all parameters again.
+
+        Raises:
+            ValueError: ``max_grad_norm`` or ``skip_nonfinite`` is set, which need all gradients
+                before the first update.
+            RuntimeError: It has been called already.
+
+        Example:
+            >>> optimizer.step_in_backward()
+            >>> for input, target in batches:
+            >>>     loss_fn(model(input), target).backward()
+            >>>     optimizer.step()  # no zero_grad()
+        """
+        if self._in_backward is not None:
+            raise RuntimeError("step_in_backward() was called already; remove() its handle first")
+        self._in_backward = StepInBackward(self)
+        return self._in_backward
+
+    def _step_param(self, index: int) -> None:
+        while not self._stepper.step_param(self.param_groups, self.state, index):
+            self._fall_back()
+
     def _patch_step_function(self) -> None:
         # torch would wrap step() of this class or a subclass in a profiler range that costs more
         # than a small step. Ours opens the range and runs the hooks itself when there is somebody
@@ -297,7 +331,7 @@ class FusedSGDR(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._clipping = _checked_clipping(max_grad_norm, self._clipping.skip_nonfinite)
+        self._clipping = self._allowed(max_grad_norm, self._clipping.skip_nonfinite)
         self._stepper.set_clipping(*self._clipping)
 
     @property
@@ -307,8 +341,14 @@ class FusedSGDR(Optimizer):
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, skip_nonfinite: bool) -> None:
-        self._clipping = _checked_clipping(self._clipping.max_grad_norm, skip_nonfinite)
+        self._clipping = self._allowed(self._clipping.max_grad_norm, skip_nonfinite)
         self._stepper.set_clipping(*self._clipping)
+
+    def _allowed(self, max_grad_norm: float | None, skip_nonfinite: bool) -> Clipping:
+        clipping = _checked_clipping(max_grad_norm, skip_nonfinite)
+        if self._in_backward is not None:
+            refuse_clipping(clipping)
+        return clipping
 
     @property
     def grad_norm(self) -> Tensor | None:

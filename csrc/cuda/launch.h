@@ -91,7 +91,8 @@ struct LaunchExtras {
   uint32_t piece;             // its elements begin at piece * kMaxPieceNumel of the parameter
   ElementType low_precision_type;
 };
-static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 24 && sizeof(LaunchGroup) == 144);
+static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 24 &&
+              sizeof(LaunchGroup) == 144);
 
 // Travels by value, as the kernel's one argument. The tensors lie at the beginning of the payload,
 // the groups from its end backwards, for as many of both as there is room.

@@ -101,8 +101,8 @@ def reference_step(
     once, at the end.
 
     Args:
-        param_groups: Param groups of a :class:`FusedSGDR`; their schedule entries are brought one
-            step forward.
+        param_groups: Param groups of a :class:`~sgdr_fused.FusedSGDR`; their schedule entries are
+            brought one step forward.
         state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape;
             made at a parameter's first step.
         grad_scale: What the gradients were multiplied by. They are not written back.

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: nothing is fetched, and no LaTeX is needed."""
+"""Formulas as MathML, which browsers draw themselves: no LaTeX, and nothing to fetch."""
 
 import re
 from typing import Any

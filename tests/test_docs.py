@@ -142,7 +142,7 @@ def test_a_page_that_is_wrong_is_found(page, tmp_path):
     path.write_text(page[1])
     with (
         warnings.catch_warnings(action="error"),
-        pytest.raises((NameError, AssertionError, SyntaxError, UserWarning, pytest.fail.Exception)),
+        pytest.raises((NameError, AssertionError, SyntaxError, ValueError, UserWarning)),
     ):
         pages.run(path, pages.prelude())
 

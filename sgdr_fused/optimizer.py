@@ -317,7 +317,8 @@ class FusedSGDR(Optimizer):
                 "FusedSGDR computes its own learning rate, so a torch LR scheduler "
                 "would fight with it; "
                 "remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, "
-                "... to FusedSGDR instead"
+                "... to FusedSGDR instead; "
+                "a trainer that insists on one takes sgdr_fused.trainers.as_scheduler(optimizer)"
             )
         super().__setattr__(name, value)
 

@@ -167,11 +167,10 @@ def reference_step(
     to their own dtype once, at the end.
 
     Args:
-        param_groups: Param groups of a :class:`FusedSGDR`; their schedule entries are brought one
-            step forward.
-        state: Momentum buffers, ``state[param]["momentum_buffer"]``, averages (``"ema"``) and
-            master copies (``"master_param"``), of the parameter's shape; made at a parameter's
-            first step.
+        param_groups: Param groups of a :class:`~sgdr_fused.FusedSGDR`; their schedule entries are
+            brought one step forward.
+        state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape;
+            made at a parameter's first step.
         grad_scale: What the gradients were multiplied by. They are not written back.
         clipping: Options of the whole optimizer.
 

@@ -126,12 +126,16 @@ def assert_equal(cpu: FusedSGDR, gpu: FusedSGDR, where: object = "") -> None:
         assert group == expected, (where, i)
     for i, (param, expected) in enumerate(zip(params_of(gpu), params_of(cpu), strict=True)):
         assert_same_values(param, expected, f"{where} param {i}")
-        of_param, of_expected = (
-            side["state"].get(i, {}).get("momentum_buffer") for side in (ours, theirs)
-        )
-        assert (of_param is None) == (of_expected is None), f"{where} momentum {i}"
-        if of_param is not None:
-            assert_same_values(of_param, of_expected, f"{where} momentum {i}")
+        of_param, of_expected = (side["state"].get(i, {}) for side in (ours, theirs))
+        assert of_param.keys() == of_expected.keys(), f"{where} state {i}"
+        for name, value in of_param.items():
+            if isinstance(value, Tensor):
+                assert_same_values(value, of_expected[name], f"{where} {name} {i}")
+            else:
+                assert value == of_expected[name], f"{where} {name} {i}"
+    if cpu.grad_norm is not None:
+        assert gpu.grad_norm is not None, where
+        assert_same_values(gpu.grad_norm, cpu.grad_norm, f"{where} grad_norm")
 
 
 def assert_same_values(found: Tensor, expected: Tensor, where: str) -> None:

@@ -76,6 +76,18 @@ SGDR_HD void convert_elements(const From* __restrict__ from, To* __restrict__ to
   for (int64_t i = 0; i < numel; ++i) to[i] = static_cast<To>(from[i]);
 }
 
+// The bits of a draw's elements.
+SGDR_HD void spread_bits(const uint32_t (&words)[4], uint16_t* __restrict__ bits) {
+  // half_of_draw() as a copy, which is one instruction.
+  static_assert(std::endian::native == std::endian::little);
+  uint16_t halves[8];
+  std::memcpy(halves, words, sizeof(halves));
+  for (uint32_t run = 0; run < kDrawNumel; run += 8) {
+    for (uint32_t i = 0; i < 8; ++i)
+      bits[run + i] = static_cast<uint16_t>(halves[i] ^ flip_of_element(run));
+  }
+}
+
 constexpr int64_t kDraws = 16;
 constexpr int64_t kDrawsNumel = kDraws * kDrawNumel;
 
@@ -96,16 +108,7 @@ SGDR_HD void draw_bits(uint16_t* __restrict__ bits, const RandomKey& key, Rounde
   for (int64_t i = 0; i < kDraws; ++i) {
     for (int64_t j = 0; j < 4; ++j) draws[i][j] = words[j][i];
   }
-  // half_of_draw() as a copy, which is one instruction.
-  static_assert(std::endian::native == std::endian::little);
-  for (int64_t i = 0; i < kDraws; ++i) {
-    uint16_t halves[8];
-    std::memcpy(halves, draws[i], sizeof(halves));
-    for (uint32_t run = 0; run < kDrawNumel; run += 8) {
-      for (uint32_t j = 0; j < 8; ++j)
-        bits[i * kDrawNumel + run + j] = static_cast<uint16_t>(halves[j] ^ flip_of_element(run));
-    }
-  }
+  for (int64_t i = 0; i < kDraws; ++i) spread_bits(draws[i], bits + i * kDrawNumel);
 }
 
 template <class T, class To>
@@ -124,29 +127,38 @@ SGDR_HD void round_elements(const T* __restrict__ from, uint16_t* __restrict__ t
 }
 
 // The one mixture of types with a loop of its own: float32 with a momentum buffer in bfloat16,
-// which as blocks would take half as long again.
+// which by blocks would take half as long again. Each draw is made while the strip before it is
+// updated, so that neither waits for the other.
 template <class Options>
 SGDR_HD void update_elements_rounding(float* __restrict__ param, const float* __restrict__ grad,
                                       uint16_t* __restrict__ momentum_buffer, int64_t numel,
                                       const UpdateScalars<float>& scalars, const RandomKey& key,
                                       int64_t begin) {
-  uint16_t bits[kDrawsNumel];
-  for (int64_t done = 0; done < numel; done += kDrawsNumel) {
-    draw_bits(bits, key, Rounded::kMomentumBuffer, begin + done);
+  uint32_t words[2][4];
+  int64_t index = begin / kDrawNumel;
+  draw(key, Rounded::kMomentumBuffer, index, words[index % 2]);
+  for (int64_t done = 0; done < numel; done += kDrawNumel, ++index) {
+    uint16_t bits[kDrawNumel];
+    spread_bits(words[index % 2], bits);
+    draw(key, Rounded::kMomentumBuffer, index + 1, words[(index + 1) % 2]);
     float* const p = param + done;
     const float* const g = grad + done;
     uint16_t* const m = momentum_buffer + done;
-    const auto prefetch = [=](int64_t i) __attribute__((always_inline)) {
-      prefetch_for_strip(p + i);
-      prefetch_for_strip(g + i);
-      prefetch_for_strip(m + i);
+    const auto update = [&](int64_t i) __attribute__((always_inline)) {
+      float momentum = std::bit_cast<float>(uint32_t{m[i]} << 16);
+      sgd_update<Options>(p[i], g[i], momentum, scalars);
+      m[i] = round_to_bfloat16(momentum, bits[i]);
     };
-    for_each_element(std::min(numel - done, kDrawsNumel), prefetch,
-                     [&](int64_t i) __attribute__((always_inline)) {
-                       float momentum = std::bit_cast<float>(uint32_t{m[i]} << 16);
-                       sgd_update<Options>(p[i], g[i], momentum, scalars);
-                       m[i] = round_to_bfloat16(momentum, bits[i]);
-                     });
+    const int64_t left = numel - done;
+    if (left < kDrawNumel) {
+      for (int64_t i = 0; i < left; ++i) update(i);
+      return;
+    }
+    prefetch_for_strip(p);
+    prefetch_for_strip(g);
+    prefetch_for_strip(m);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < kDrawNumel; ++i) update(i);
   }
 }
 

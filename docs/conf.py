@@ -7,9 +7,6 @@ from pathlib import Path
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
-from sphinx.environment import BuildEnvironment
-
-import sgdr_fused
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -43,39 +40,26 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Every cross-reference must lead somewhere. Types that are not on these pages are named in
-# signatures only: torch's, the standard library's and those of modules that are not public.
+# Every cross-reference must lead somewhere. The types of torch and of the standard library are
+# named in signatures only.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|Optimizer|LRScheduler|Tensor|ParamsT)\b.*"),
-    ("py:class", r"Anneal|Backend|sgdr_fused\.\w+\.\w+"),
+    ("py:.*", r"(torch|collections|typing|Optimizer|Tensor|ParamsT|Anneal|Backend)\b.*")
 ]
 
 _TORCH_PAGES = "https://docs.pytorch.org/docs/stable/generated/"
 
 
-def find_missing(
-    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
+def link_to_torch(
+    app: Sphinx, env: object, node: pending_xref, contnode: nodes.TextElement
 ) -> nodes.reference | None:
-    """Leads ``:class:`torch.optim.SGD``` to torch's own pages, and ``:class:`FusedSGDR``` to where
-    it is, whichever module says it.
-    """
+    """Leads ``:class:`torch.optim.SGD``` and its like to torch's own pages."""
     target = node.get("reftarget", "")
-    if node.get("reftype") == "class" and target.startswith("torch.optim."):
-        return nodes.reference("", "", contnode, refuri=f"{_TORCH_PAGES}{target}.html")
-    if node.get("refdomain") == "py" and target.partition(".")[0] in sgdr_fused.__all__:
-        return env.domains["py"].resolve_xref(
-            env,
-            node["refdoc"],
-            app.builder,
-            node["reftype"],
-            f"sgdr_fused.{target}",
-            node,
-            contnode,
-        )
-    return None
+    if node.get("reftype") != "class" or not target.startswith("torch.optim."):
+        return None
+    return nodes.reference("", "", contnode, refuri=f"{_TORCH_PAGES}{target}.html")
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("missing-reference", find_missing)
+    app.connect("missing-reference", link_to_torch)

@@ -17,8 +17,6 @@ import sgdr_fused
 
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 PROSE = [*PAGES, *(REPOSITORY / name for name in ("CHANGELOG.md", "CONTRIBUTING.md"))]
-# trainers/test_recipes.py runs it, each section as a script of its own.
-PAGES_TO_RUN = [page for page in PAGES if page.name != "recipes.md"]
 FOR_GPU = [page for page in PAGES if any(pages.GPU in b.needs for b in pages.blocks(page))]
 
 
@@ -26,7 +24,8 @@ def by_name(page):
     return page.stem
 
 
-@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=by_name)
+# The recipes are run by tests/trainers/test_recipes.py, each on its own.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "recipes"], ids=by_name)
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages.run(page, pages.prelude())

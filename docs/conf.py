@@ -29,6 +29,9 @@ html_theme = "furo"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_show_copyright = False
+html_copy_source = False
+html_theme_options = {"top_of_page_buttons": []}
+pygments_dark_style = "github-dark"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -19,6 +19,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "sgdr_fused",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
+    "font.size": 11,
     "text.color": "#808080",
     "axes.edgecolor": "#808080",
     "axes.labelcolor": "#808080",
@@ -35,8 +36,8 @@ BLUE, ORANGE = "#3b82c4", "#e07b39"
 FIGURES: dict[str, dict[str, dict[str, Any]]] = {
     "cycles": {"T_0=100": {"T_0": 100}, "T_0=100, T_mult=2": {"T_0": 100, "T_mult": 2}},
     "options": {
-        "warmup_steps=60, cycle_decay=0.7": {"T_0": 160, "warmup_steps": 60, "cycle_decay": 0.7},
-        "n_cycles=2, eta_min=0.01": {"T_0": 160, "T_mult": 2, "n_cycles": 2, "eta_min": 0.01},
+        "warm-up, decay": {"T_0": 160, "warmup_steps": 60, "cycle_decay": 0.7},
+        "two cycles, floor": {"T_0": 160, "T_mult": 2, "n_cycles": 2, "eta_min": 0.01},
     },
     "anneal": {
         'anneal="step"': {"T_0": 10, "steps_per_epoch": 20},
@@ -48,7 +49,7 @@ STEPS = {"cycles": 700, "options": 700, "anneal": 420}
 
 def draw(name: str) -> None:
     """Writes one figure as SVG."""
-    figure, axes = plt.subplots(figsize=(7.2, 2.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.6, 2.5), layout="constrained")
     for color, (label, options) in zip((BLUE, ORANGE), FIGURES[name].items(), strict=True):
         schedule = CosineWarmRestarts(lr=0.1, **options)
         lrs = [schedule.lr_at(step) for step in range(STEPS[name])]

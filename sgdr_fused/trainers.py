@@ -21,13 +21,13 @@ def as_scheduler(optimizer: Optimizer) -> SchedulerView:
     does not ask for a scheduler, leave it out.
 
     Args:
-        optimizer: A :class:`FusedSGDR`, or the wrapper that Accelerate or Lightning put around it.
+        optimizer: A :class:`~sgdr_fused.FusedSGDR`, or the wrapper that Accelerate or Lightning put around it.
 
     Returns:
         A :class:`torch.optim.lr_scheduler.LRScheduler`.
 
     Raises:
-        TypeError: There is no :class:`FusedSGDR` in ``optimizer``.
+        TypeError: There is no :class:`~sgdr_fused.FusedSGDR` in ``optimizer``.
 
     Example:
         >>> trainer = Trainer(model, args, optimizers=(optimizer, as_scheduler(optimizer)))
@@ -44,7 +44,7 @@ def as_scheduler(optimizer: Optimizer) -> SchedulerView:
 
 
 class SchedulerView(LRScheduler):
-    """The schedule of a :class:`FusedSGDR` under the interface of torch's schedulers.
+    """The schedule of a :class:`~sgdr_fused.FusedSGDR` under the interface of torch's schedulers.
 
     ``get_last_lr()`` keeps a scheduler's contract: it changes when ``step()`` is called, not
     before, so that a trainer which asks between the two logs the LR of the step just taken.
@@ -69,7 +69,7 @@ class SchedulerView(LRScheduler):
         """Take note of the LR for ``get_last_lr()``; the optimizer has moved it already.
 
         Args:
-            epoch: Ignored; :meth:`FusedSGDR.seek` goes to a step.
+            epoch: Ignored; :meth:`~sgdr_fused.FusedSGDR.seek` goes to a step.
             metric: Ignored.
         """
         self._step_count += 1

@@ -24,7 +24,8 @@ def by_name(page):
     return page.stem
 
 
-@pytest.mark.parametrize("page", PAGES, ids=by_name)
+# The recipes are run by tests/trainers/test_recipes.py, each on its own.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "recipes"], ids=by_name)
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages.run(page, pages.prelude())

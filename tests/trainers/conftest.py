@@ -17,8 +17,13 @@ except RuntimeError:
         torch.library.define(f"torchvision::{operator}", schema)
 
 LIBRARIES_OWN_WARNINGS = [
-    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",  # Lightning
-    "ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # Lightning, on resuming
+    # Lightning
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
+    "ignore:Checkpoint directory .* exists and is not empty:UserWarning",
+    "ignore:The '.*' does not have many workers:UserWarning",
+    "ignore:GPU available but not used:UserWarning",
+    # Hugging Face
+    "ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning",
 ]
 
 

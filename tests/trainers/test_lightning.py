@@ -105,6 +105,14 @@ def test_skipped_step_under_lightnings_scaler_leaves_the_schedule(tmp_path):
     assert all(p.isfinite().all() for p in module.parameters())
 
 
+def test_lightning_does_not_clip_what_the_scaler_has_not_unscaled(tmp_path):
+    """As with SGD(fused=True)."""
+    precision = plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    runner = trainer(tmp_path, epochs=1, plugins=[precision], gradient_clip_val=1.0)
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        runner.fit(Digits(), loader())
+
+
 def test_manual_optimization_can_restart_the_schedule(tmp_path):
     class Manual(Digits):
         def __init__(self):

@@ -327,7 +327,7 @@ class FusedSGDR(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """Norm that the gradients are scaled down to; None: they are not. May be set."""
+        """Norm that the gradients are scaled down to, or None. May be set."""
         return self._clipping.max_grad_norm
 
     @max_grad_norm.setter
@@ -353,9 +353,10 @@ class FusedSGDR(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients at the last step, before clipping: float64, of shape (), on the
-        parameters' device. None before the first step, and where neither ``max_grad_norm`` nor
-        ``skip_nonfinite`` asks for it.
+        """Norm of all gradients at the last step, before clipping.
+
+        Of dtype float64 and shape (), on the parameters' device. None before the first step, and
+        where neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it.
         """
         norm = self._stepper.grad_norm
         return torch.tensor(norm, dtype=torch.float64) if isinstance(norm, float) else norm

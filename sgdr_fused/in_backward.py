@@ -15,7 +15,7 @@ __all__ = ["StepInBackward", "refuse_clipping"]
 
 
 class StepInBackward:
-    """The hooks by which parameters are updated: see :meth:`FusedSGDR.step_in_backward`.
+    """The hooks by which parameters are updated: see :meth:`~sgdr_fused.FusedSGDR.step_in_backward`.
 
     Args:
         optimizer: Whose parameters they are.
@@ -35,7 +35,7 @@ class StepInBackward:
         ]
 
     def remove(self) -> None:
-        """Leaves the updates to :meth:`FusedSGDR.step` again."""
+        """Leaves the updates to :meth:`~sgdr_fused.FusedSGDR.step` again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

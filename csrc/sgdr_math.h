@@ -297,15 +297,11 @@ SGDR_HD void draw(const RandomKey& key, Rounded rounded, int64_t index, uint32_t
     philox_round(round_key, words[0], words[1], words[2], words[3]);
 }
 
-// The draw's 16 bits that elements i, i + 8, ... share, for i < 8, and what element i makes of
-// them.
-SGDR_HD uint32_t half_of_draw(const uint32_t (&words)[4], uint32_t i) {
-  return words[i / 2] >> (i % 2 * 16) & 0xFFFF;
-}
 SGDR_HD uint32_t flip_of_element(uint32_t i) { return (i / 8 % 8) << 13; }
 
-SGDR_HD uint32_t bits_of_element(const uint32_t (&words)[4], uint32_t i) {
-  return half_of_draw(words, i % 8) ^ flip_of_element(i);
+// Of element i of a draw, to which word i % 8 / 2 belongs.
+SGDR_HD uint32_t bits_of_element(uint32_t word, uint32_t i) {
+  return (word >> (i % 2 * 16) & 0xFFFF) ^ flip_of_element(i);
 }
 
 // Up with the probability of the part that is cut off, else down; `bits` is of 16 random bits. The

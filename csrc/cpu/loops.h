@@ -78,7 +78,7 @@ SGDR_HD void convert_elements(const From* __restrict__ from, To* __restrict__ to
 
 // The bits of a draw's elements.
 SGDR_HD void spread_bits(const uint32_t (&words)[4], uint16_t* __restrict__ bits) {
-  // half_of_draw() as a copy, which is one instruction.
+  // The halves of bits_of_element() as a copy, which is one instruction.
   static_assert(std::endian::native == std::endian::little);
   uint16_t halves[8];
   std::memcpy(halves, words, sizeof(halves));

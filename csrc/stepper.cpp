@@ -113,7 +113,7 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
   PyObject* param = PyList_GET_ITEM(group.params(), static_cast<Py_ssize_t>(in_group));
   Slot slot{param, find(state.ptr(), param), index, {}, {}};
   if (group.on_gpu != nullptr) {
-    if (!gather_on_gpu(group, &slot, in_group, in_group + 1)) return false;
+    if (!gather_on_gpu(group, &slot, in_group, in_group + 1, false)) return false;
     run_on_gpus(py::none(), py::none(), false);
   } else if (!gather_param(group, static_cast<uint32_t>(i), slot)) {
     return false;
@@ -334,7 +334,7 @@ bool Stepper::gather(PyObject* state) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     const auto size = static_cast<size_t>(PyList_GET_SIZE(groups_[i].params()));
     if (groups_[i].on_gpu != nullptr) {
-      if (!gather_on_gpu(groups_[i], slot, 0, size)) return false;
+      if (!gather_on_gpu(groups_[i], slot, 0, size, true)) return false;
       slot += size;
       continue;
     }

@@ -153,7 +153,7 @@ class Stepper {
   bool has_slots_of_params() const;
   bool gather(PyObject* state);
   // Of the parameters [first, last) of a group, whose slots begin with the one given.
-  bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last);
+  bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   bool gather_param(const Group& group, uint32_t index, Slot& slot);
   bool gather_more(const Group& group, Slot& slot, Operands& operands);

@@ -68,7 +68,7 @@ void Stepper::track(OnGpu& on_gpu, size_t index, Role role, PyObject* state_of_p
   tracked.set(role, *stored);
 }
 
-bool Stepper::gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last) {
+bool Stepper::gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances) {
   OnGpu& on_gpu = *group.on_gpu;
   const bool capturing = is_capturing();
   GpuStep& step = step_of_gpu(on_gpu.memory.device().index());
@@ -92,7 +92,7 @@ bool Stepper::gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last
                          .reset_momentum = group.reset_momentum,
                          .rounds_param = group.update.rounds_param,
                          .rounds_momentum = group.update.rounds_momentum,
-                         .advances = false});
+                         .advances = advances});
 
   const struct Guard {
     explicit Guard(Stepper& stepper) : stepper(stepper) {}
@@ -162,8 +162,7 @@ void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_
              sum_of_squares.defined() ? sum_of_squares.const_data_ptr<double>() : nullptr,
          .grad_norm = norm.defined() ? norm.mutable_data_ptr<double>() : nullptr,
          .max_grad_norm = max_grad_norm_.value_or(std::numeric_limits<double>::infinity()),
-         .skip_nonfinite = skip_nonfinite_,
-         .advances = advances});
+         .skip_nonfinite = skip_nonfinite_});
   }
   // The kernel has written the new LR, unless the step was skipped or is yet to be replayed.
   if (capturing || !advances || !found_inf.is_none() || skip_nonfinite_) return;

@@ -15,7 +15,9 @@ __all__ = ["StepInBackward", "refuse_clipping"]
 
 
 class StepInBackward:
-    """The hooks by which parameters are updated: see :meth:`~sgdr_fused.FusedSGDR.step_in_backward`.
+    """The hooks by which parameters are updated.
+
+    See :meth:`~sgdr_fused.FusedSGDR.step_in_backward`.
 
     Args:
         optimizer: Whose parameters they are.

@@ -64,7 +64,7 @@ struct LaunchGroup {
   bool reset_momentum : 1;
   bool rounds_param : 1;     // stochastically, where the type is narrower than the arithmetic's
   bool rounds_momentum : 1;  // likewise
-  bool advances;  // set by for_each_launch(): this is the launch with the last of its tensors
+  bool advances;  // for_each_launch() leaves it to the launch with the last of its tensors
 
   SGDR_HD bool has_momentum() const { return direction != Direction::kGrad; }
 };

@@ -32,7 +32,6 @@ struct CudaStep {
   double* grad_norm = nullptr;
   double max_grad_norm = std::numeric_limits<double>::infinity();
   bool skip_nonfinite = false;
-  bool advances = true;  // the schedule; if not, only the tensors are updated
 };
 
 // The sum of the squares of all grads: see Note [Sum of squares].

@@ -137,7 +137,9 @@ void Stepper::count_skipped_step(const py::list& param_groups) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     Group& group = groups_[i];
     if (group.on_gpu != nullptr) {
-      group.on_gpu->memory.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t)).add_(1);
+      const at::Tensor count =
+          group.on_gpu->memory.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t));
+      count.fill_(count.item<int64_t>() + 1);
       continue;
     }
     group.items.store(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)),

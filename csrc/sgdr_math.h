@@ -281,10 +281,9 @@ SGDR_HD void draw(const RandomKey& key, Rounded rounded, int64_t index, uint32_t
   philox(words, key.seed);
 }
 
-// Of element i of a draw.
-SGDR_HD uint32_t bits_of_element(const uint32_t (&words)[4], uint32_t i) {
-  const uint32_t half = words[i % 8 / 2] >> (i % 2 * 16) & 0xFFFF;
-  return half ^ (i / 8 % 8) << 13;
+// Of element i of a draw, to which word i % 8 / 2 belongs.
+SGDR_HD uint32_t bits_of_element(uint32_t word, uint32_t i) {
+  return (word >> (i % 2 * 16) & 0xFFFF) ^ (i / 8 % 8) << 13;
 }
 
 // Up with the probability of the part that is cut off, else down; `bits` is of 16 random bits. The

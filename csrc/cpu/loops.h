@@ -49,7 +49,7 @@ SGDR_HD void round_elements(const T* __restrict__ from, uint16_t* __restrict__ t
     uint16_t bits[kNumel];
     for (int64_t i = 0; i < kDraws; ++i) {
       for (uint32_t j = 0; j < kDrawNumel; ++j)
-        bits[i * kDrawNumel + j] = static_cast<uint16_t>(bits_of_element(words[i], j));
+        bits[i * kDrawNumel + j] = static_cast<uint16_t>(bits_of_element(words[i][j % 8 / 2], j));
     }
     const int64_t end = std::min(numel, done + kNumel);
     for (int64_t i = done; i < end; ++i) {

@@ -13,13 +13,14 @@
 
 namespace sgdr {
 
-// Together they fill the smallest multiprocessor (compute capability 7.5) and leave 64 registers
-// for a thread on every larger one.
+// Four blocks fill the smallest multiprocessor (compute capability 7.5) and leave 64 registers for
+// a thread on every larger one; with extras a thread needs more of them.
 constexpr uint32_t kThreadsPerBlock = 256;
-constexpr uint32_t kBlocksPerMultiprocessor = 4;
-// A multiple of the widest vector, so that a chunk is aligned where its tensor is.
+constexpr uint32_t blocks_per_multiprocessor(bool has_extras = false) { return has_extras ? 2 : 4; }
+// A multiple of the widest vector, so that a chunk is aligned where its tensor is, and of a draw.
 constexpr uint32_t kChunkNumel = 1 << 12;
 constexpr uint32_t kMaxPieceNumel = 1u << 31;
+static_assert(kChunkNumel % kDrawNumel == 0 && kMaxPieceNumel % kChunkNumel == 0);
 
 // In device memory: what param_group["step"], ["cycle"], ["T_cur"], ["T_i"], ["lr"] and
 // ["skipped_steps"] show.
@@ -77,10 +78,12 @@ struct LaunchTensor {
   uint32_t numel;
   uint32_t first_chunk;  // among the launch's
   uint32_t param_index;  // among its group's
-  uint16_t group;        // among the launch's
-  ElementType param_type : 4;
-  ElementType grad_type : 4;
-  ElementType momentum_type : 4;
+  uint8_t group;         // among the launch's
+  uint8_t piece;         // its elements begin at piece * kMaxPieceNumel of the parameter
+  ElementType param_type : 3;
+  ElementType grad_type : 3;
+  ElementType momentum_type : 3;
+  ElementType low_precision_type : 3;
   bool completes_param : 1;  // no piece of the parameter comes after it
 };
 
@@ -88,25 +91,36 @@ struct LaunchTensor {
 struct LaunchExtras {
   void* ema;                  // null where nothing is averaged
   void* low_precision_param;  // of which LaunchTensor::param is the master copy, or null
-  uint32_t piece;             // its elements begin at piece * kMaxPieceNumel of the parameter
-  ElementType low_precision_type;
 };
-static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 24 &&
+static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 16 &&
               sizeof(LaunchGroup) == 144);
 
-// Travels by value, as the kernel's one argument. The tensors lie at the beginning of the payload,
-// the groups from its end backwards, for as many of both as there is room.
+// Travels by value, as the kernel's one argument. The tensors, each with its extras if there are
+// any, lie at the beginning of the payload, the groups from its end backwards, for as many of both
+// as there is room.
 struct LaunchArgs {
-  const float* grad_scale;  // device memory, or null
-  const float* found_inf;   // device memory, or null; not 0: the step is skipped
-  uint32_t* ticket;         // device memory, 0 before and after each launch
+  const float* grad_scale;       // device memory, or null
+  const float* found_inf;        // device memory, or null; not 0: the step is skipped
+  const double* sum_of_squares;  // device memory, or null: see CudaStep, likewise the next three
+  double* grad_norm;
+  double max_grad_norm;
+  bool skip_nonfinite;
+  bool has_extras;
+  uint32_t* ticket;  // device memory, 0 before and after each launch
   uint32_t tensor_count;
   uint32_t group_count;
   uint32_t chunk_count;
-  alignas(8) unsigned char payload[32720];
+  alignas(8) unsigned char payload[32688];
 
+  SGDR_HD size_t tensor_bytes() const {
+    return sizeof(LaunchTensor) + (has_extras ? sizeof(LaunchExtras) : 0);
+  }
   SGDR_HD const LaunchTensor& tensor(uint32_t i) const {
-    return reinterpret_cast<const LaunchTensor*>(payload)[i];
+    return *reinterpret_cast<const LaunchTensor*>(payload + i * tensor_bytes());
+  }
+  SGDR_HD const LaunchExtras& extras(uint32_t i) const {
+    return *reinterpret_cast<const LaunchExtras*>(payload + i * tensor_bytes() +
+                                                  sizeof(LaunchTensor));
   }
   SGDR_HD const LaunchGroup& group(uint32_t i) const {
     return reinterpret_cast<const LaunchGroup*>(payload + sizeof(payload))[-1 - int64_t{i}];
@@ -114,6 +128,7 @@ struct LaunchArgs {
 };
 // More is not possible before CUDA 12.1, nor in any version since.
 static_assert(sizeof(LaunchArgs) <= 32764);
+static_assert(sizeof(LaunchArgs::payload) / sizeof(LaunchGroup) <= 1 << 8);
 
 // Fills a LaunchArgs; its pointers are set by the caller.
 class LaunchFiller {
@@ -123,7 +138,7 @@ class LaunchFiller {
   void clear() { args_.tensor_count = args_.group_count = args_.chunk_count = 0; }
 
   bool has_room(size_t tensors, size_t groups) const {
-    return (args_.tensor_count + tensors) * sizeof(LaunchTensor) +
+    return (args_.tensor_count + tensors) * args_.tensor_bytes() +
                (args_.group_count + groups) * sizeof(LaunchGroup) <=
            sizeof(args_.payload);
   }
@@ -136,7 +151,7 @@ class LaunchFiller {
   }
 
   // The group's tensors are all there.
-  void complete_group() { last_group_->advances = true; }
+  void complete_group(bool advances) { last_group_->advances = advances; }
 
   // Of the group that was added last: elements [begin, begin + numel).
   void add_piece(const TensorEntry& entry, uint32_t param_index, int64_t begin, int64_t numel) {
@@ -144,19 +159,28 @@ class LaunchFiller {
       const int64_t bytes = begin * static_cast<int64_t>(element_size(type));
       return memory == nullptr ? nullptr : static_cast<const char*>(memory) + bytes;
     };
-    auto& tensor = *new (args_.payload + args_.tensor_count * sizeof(LaunchTensor)) LaunchTensor;
+    unsigned char* const room = args_.payload + args_.tensor_count * args_.tensor_bytes();
+    auto& tensor = *new (room) LaunchTensor;
     tensor.param = const_cast<void*>(at(entry.param, entry.param_type));
     tensor.grad = at(entry.grad, entry.grad_type);
     tensor.momentum_buffer = const_cast<void*>(at(entry.momentum_buffer, entry.momentum_type));
     tensor.numel = static_cast<uint32_t>(numel);
     tensor.first_chunk = args_.chunk_count;
     tensor.param_index = param_index;
-    tensor.group = static_cast<uint16_t>(args_.group_count - 1);
+    tensor.group = static_cast<uint8_t>(args_.group_count - 1);
+    tensor.piece = static_cast<uint8_t>(begin / kMaxPieceNumel);
     tensor.param_type = entry.param_type;
     tensor.grad_type = entry.grad_type;
     tensor.momentum_type =
         entry.momentum_buffer == nullptr ? entry.param_type : entry.momentum_type;
+    tensor.low_precision_type = entry.low_precision_type;
     tensor.completes_param = begin + numel == entry.numel;
+    if (args_.has_extras) {
+      auto& extras = *new (room + sizeof(LaunchTensor)) LaunchExtras;
+      extras.ema = const_cast<void*>(at(entry.ema, arithmetic_type(entry.param_type)));
+      extras.low_precision_param =
+          const_cast<void*>(at(entry.low_precision_param, entry.low_precision_type));
+    }
     ++args_.tensor_count;
     args_.chunk_count += static_cast<uint32_t>((numel + kChunkNumel - 1) / kChunkNumel);
   }
@@ -166,6 +190,19 @@ class LaunchFiller {
   LaunchGroup* last_group_ = nullptr;
 };
 
+// Whether the kernel has more to do in this step than what LaunchTensor is for.
+inline bool needs_extras(std::span<const LaunchGroup> groups,
+                         std::span<const TensorEntry> tensors) {
+  const auto of_group = [](const LaunchGroup& group) {
+    return group.averaging != Averaging::kNone || group.rounds_param || group.rounds_momentum;
+  };
+  const auto of_tensor = [](const TensorEntry& entry) {
+    return entry.low_precision_type != ElementType::kNone;
+  };
+  return std::any_of(groups.begin(), groups.end(), of_group) ||
+         std::any_of(tensors.begin(), tensors.end(), of_tensor);
+}
+
 // Calls launch(args) as often as a step of all groups takes, with `args` filled anew each time. The
 // tensors come in the order of their groups; param_indices[i] is the place of tensors[i] in its
 // group.
@@ -173,6 +210,7 @@ template <class Launch>
 void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
                      std::span<const TensorEntry> tensors, std::span<const uint32_t> param_indices,
                      Launch launch) {
+  args.has_extras = needs_extras(groups, tensors);
   LaunchFiller filler(args);
   size_t next = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
@@ -195,7 +233,7 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
         begin += numel;
       } while (begin < entry.numel);
     }
-    filler.complete_group();
+    filler.complete_group(groups[i].advances);
   }
   if (args.group_count != 0) launch(args);
 }
@@ -203,7 +241,8 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
 // No more blocks than run at once: they share the chunks. At least one, which advances the
 // schedule.
 inline uint32_t block_count(const LaunchArgs& args, uint32_t multiprocessors) {
-  return std::clamp(args.chunk_count, 1u, kBlocksPerMultiprocessor * multiprocessors);
+  return std::clamp(args.chunk_count, 1u,
+                    blocks_per_multiprocessor(args.has_extras) * multiprocessors);
 }
 
 }  // namespace sgdr

@@ -1,0 +1,107 @@
+// The norm's one read of the gradients: see Note [Sum of squares] in sgdr_math.h. Needs only the
+// CUDA language; counterpart of csrc/cpu/grad_norm.cpp.
+#pragma once
+
+#include "../sgdr_math.h"
+#include "blocks.cuh"
+#include "grad_norm_launch.h"
+#include "memory.cuh"
+
+namespace sgdr {
+namespace cuda {
+
+// A warp sums up a chunk: its thread t has the lanes 4 t to 4 t + 3.
+constexpr uint32_t kLanesPerThread = static_cast<uint32_t>(kNormLanes) / kWarpSize;
+
+__device__ __forceinline__ uint32_t thread_of_warp() { return threadIdx.x % kWarpSize; }
+
+// The sum is the result of the warp's first thread.
+__device__ __forceinline__ double fold_lanes(double (&lanes)[kLanesPerThread]) {
+  constexpr unsigned kWholeWarp = 0xFFFFFFFF;
+  for (uint32_t half = kWarpSize / 2; half > 0; half /= 2) {
+    for (double& lane : lanes) lane += __shfl_down_sync(kWholeWarp, lane, half);
+  }
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// Only the square of a double is rounded: without that the fma's bits are the same.
+template <ElementType kType>
+__device__ __forceinline__ double add_square(double sum, double x) {
+  return kType == ElementType::kDouble ? sum + square(x) : fused_multiply_add(x, x, sum);
+}
+
+template <ElementType kType>
+__device__ __forceinline__ void add_squares(double (&lanes)[kLanesPerThread],
+                                            const Memory<kType>& grad, uint32_t numel) {
+  constexpr uint32_t kLanes = static_cast<uint32_t>(kNormLanes);
+  using Lanes = Pack<typename Stored<kType>::type, kLanesPerThread>;
+  const uint32_t rows = grad.bits_of_address() % alignof(Lanes) == 0 ? numel / kLanes : 0;
+#pragma unroll 4
+  for (uint32_t row = 0; row < rows; ++row) {
+    double values[kLanesPerThread];
+    grad.load(row * kWarpSize + thread_of_warp(), values);
+    for (uint32_t i = 0; i < kLanesPerThread; ++i)
+      lanes[i] = add_square<kType>(lanes[i], values[i]);
+  }
+  for (uint32_t row = rows * kLanes; row < numel; row += kLanes) {
+    for (uint32_t i = 0; i < kLanesPerThread; ++i) {
+      const uint32_t index = row + thread_of_warp() * kLanesPerThread + i;
+      if (index >= numel) continue;
+      double value[1];
+      grad.load(index, value);
+      lanes[i] = add_square<kType>(lanes[i], value[0]);
+    }
+  }
+}
+
+__device__ __forceinline__ double sum_of_chunk(const NormTensor& tensor, uint32_t chunk) {
+  constexpr uint32_t kChunk = static_cast<uint32_t>(kNormChunk);
+  const uint32_t begin = (chunk - tensor.first_chunk) * kChunk;
+  const ElementType type = tensor.type;
+  char* const grad =
+      static_cast<char*>(const_cast<void*>(tensor.grad)) + size_t{begin} * element_size(type);
+  double lanes[kLanesPerThread] = {};
+  using enum ElementType;
+  static_switch<kFloat, kDouble, kHalf, kBFloat16>(type, [&](auto known_type) {
+    add_squares(lanes, Memory<known_type.value>{grad}, min(tensor.numel - begin, kChunk));
+  });
+  return fold_lanes(lanes);
+}
+
+__device__ __forceinline__ void sum_up_chunks(const NormArgs& args) {
+  const uint32_t warps = blockDim.x / kWarpSize;
+  const uint32_t warp = blockIdx.x * warps + threadIdx.x / kWarpSize;
+  for (uint32_t chunk = warp; chunk < args.chunk_count; chunk += gridDim.x * warps) {
+    const double sum = sum_of_chunk(args.tensor(tensor_of_chunk(args, chunk)), chunk);
+    if (thread_of_warp() == 0) args.chunk_sums[args.first_chunk + chunk] = sum;
+  }
+}
+
+// By one block, each thread one lane after another.
+__device__ __forceinline__ void sum_up_all(const NormArgs& args) {
+  __shared__ double lanes[kNormLanes];
+  const int64_t chunks = args.first_chunk + args.chunk_count;
+  for (uint32_t lane = threadIdx.x; lane < kNormLanes; lane += blockDim.x) {
+    double sum = 0;
+#pragma unroll 16
+    for (int64_t chunk = lane; chunk < chunks; chunk += kNormLanes) sum += args.chunk_sums[chunk];
+    lanes[lane] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x >= kWarpSize) return;
+  double of_thread[kLanesPerThread];
+  for (uint32_t i = 0; i < kLanesPerThread; ++i)
+    of_thread[i] = lanes[threadIdx.x * kLanesPerThread + i];
+  const double sum = fold_lanes(of_thread);
+  if (threadIdx.x == 0) *args.sum_of_squares = sum;
+}
+
+}  // namespace cuda
+
+__global__ void __launch_bounds__(kThreadsPerBlock, blocks_per_multiprocessor())
+    sum_of_squared_grads_kernel(const __grid_constant__ NormArgs args) {
+  cuda::sum_up_chunks(args);
+  if (args.is_last && cuda::is_last_block(args.ticket)) cuda::sum_up_all(args);
+}
+
+}  // namespace sgdr

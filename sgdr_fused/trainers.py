@@ -21,8 +21,8 @@ def as_scheduler(optimizer: Optimizer) -> SchedulerView:
     does not ask for a scheduler, leave it out.
 
     Args:
-        optimizer: A :class:`~sgdr_fused.FusedSGDR`, or the wrapper that Accelerate or Lightning
-            put around it.
+        optimizer: A :class:`~sgdr_fused.FusedSGDR`, or the wrapper that Accelerate or Lightning put
+            around it.
 
     Returns:
         A :class:`torch.optim.lr_scheduler.LRScheduler`.

@@ -1,6 +1,17 @@
 import pytest
 import torch
-from training import BATCHES, fused, loader, loss_of, lrs, network, same_bits, trained
+from training import (
+    BATCHES,
+    SCHEDULE,
+    SGD_OPTIONS,
+    fused,
+    loader,
+    loss_of,
+    lrs,
+    network,
+    same_bits,
+    trained,
+)
 
 from sgdr_fused.trainers import as_scheduler
 
@@ -90,3 +101,16 @@ def test_skipped_step_under_accelerates_scaler_leaves_the_schedule():
 def test_view_of_an_accelerated_optimizer_is_the_optimizers():
     run = Run(with_view=False)
     assert as_scheduler(run.optimizer).optimizer is run.optimizer.optimizer
+
+
+def test_several_processes_do_not_hurry_the_schedule(monkeypatch):
+    """Accelerate steps a scheduler once for each process: that of the pair runs away."""
+    ours = Run(with_view=True)
+    sgd = torch.optim.SGD(network().parameters(), **SGD_OPTIONS)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(sgd, **SCHEDULE)
+    theirs, their_view = ours.accelerator.prepare(sgd, scheduler)
+    monkeypatch.setitem(accelerate.PartialState._shared_state, "num_processes", 4)
+    assert ours.train(2 * BATCHES) == lrs(0, 2 * BATCHES)
+    theirs.step()
+    their_view.step()
+    assert their_view.get_last_lr() == lrs(4, 5)

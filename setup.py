@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent / "sgdr_fused"
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/ops.cpp",
     "csrc/stepper.cpp",
     "csrc/stepper_grad_norm.cpp",
     "csrc/stepper_on_gpu.cpp",

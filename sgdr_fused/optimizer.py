@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_h
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from sgdr_fused import ema, interop, native
+from sgdr_fused.compiled import TracedStepper, is_traceable, step_groups
 from sgdr_fused.device_state import (
     DeviceState,
     host_copy,
@@ -214,6 +215,8 @@ class FusedSGDR(Optimizer):
 
         After an error parameters, momentum and schedule are as they were.
         """
+        if torch.compiler.is_compiling():
+            return self._step_in_graph(closure)
         # Spelled out here, for the calls that a function of its own would cost.
         if (
             self._optimizer_step_pre_hooks
@@ -241,6 +244,40 @@ class FusedSGDR(Optimizer):
         ):
             self._fall_back()
         return loss
+
+    def _step_in_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """The step as torch.compile traces it: one op for each group, or a break."""
+        if closure is None and not (
+            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        ):
+            tensors: tuple[list[Tensor], ...] = ([], [], [], [])
+            if self._init_group(*tensors):
+                amp = self.__dict__
+                step_groups(self.param_groups, tensors, amp.get("grad_scale"), amp.get("found_inf"))
+                return None
+        return self._step_out_of_graph(closure)
+
+    def _init_group(self, *tensors: list[Tensor]) -> bool:
+        """Puts the tensors of the next step into the lists; False where it cannot be traced.
+
+        torch.compile runs a method of this name instead of tracing it, and takes what is in the
+        lists afterwards for inputs of the graph.
+        """
+        if self.backend == "reference" or self._clipping.needs_norm or self._is_swapped:
+            return False
+        if not is_traceable(self.param_groups):
+            return False
+        if not isinstance(self._stepper, TracedStepper):
+            self._stepper = TracedStepper()
+        for own, found in zip(
+            tensors, self._stepper.collect(self.param_groups, self.state), strict=True
+        ):
+            own.extend(found)
+        return True
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step_out_of_graph(self, closure: Callable[[], Any] | None) -> Any:
+        return self.step(closure)
 
     # torch's own wrapper: the profiler range and the hooks.
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -284,7 +321,11 @@ class FusedSGDR(Optimizer):
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
     def _fall_back(self) -> None:
-        """Takes the reference path from here on."""
+        """Takes the reference path from here on, or leaves the path of torch.compile."""
+        if isinstance(self._stepper, TracedStepper):
+            to_host(self.param_groups, self.state)
+            self._stepper = self._new_stepper()
+            return
         check_tensors(self.param_groups, self.state)
         reason = (
             "the native step does not take a device, dtype or tensor subclass in use: "

@@ -23,6 +23,7 @@ test: $(STAMP)
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.one_pass
+	$(BIN)/python -m benchmarks.backward_memory
 	$(BIN)/python -m benchmarks.small_tensors
 	$(BIN)/python -m benchmarks.threads
 

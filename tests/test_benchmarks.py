@@ -81,6 +81,12 @@ def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
         assert case["best_pair"] in [candidate["name"] for candidate in case["candidates"]]
 
 
+def test_backward_memory_measures_both_ways(tmp_path):
+    step, in_backward = run_quickly("backward_memory", tmp_path)["ways"]
+    assert step["grad_bytes"] == in_backward["grad_bytes"] == 4 * 24 * 128 * 128
+    assert all(row["rise_bytes"] >= 0 for row in (step, in_backward))
+
+
 def test_small_tensors_fits_a_line_for_each_number_of_threads(tmp_path):
     results = run_quickly("small_tensors", tmp_path)
     assert {series["threads"] for series in results["series"]} == {1, torch.get_num_threads()}

@@ -1,7 +1,8 @@
 """What nvcc makes of the CUDA kernels, on a machine without a GPU.
 
 python -m benchmarks.machine_code prints registers, instructions an element and bytes an element for
-each kernel and architecture. Needs nvcc, and nvdisasm from PATH or the package nvidia-cuda-nvdisasm.
+each kernel and architecture. Needs nvcc, and nvdisasm, from PATH or the package
+nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations

@@ -200,8 +200,7 @@ void run(Reader& in, std::ostream& out) {
     LaunchArgs args;
     args.grad_scale = has_grad_scale ? &grad_scale : nullptr;
     args.found_inf = has_found_inf ? &found_inf : nullptr;
-    args.sum_of_squares =
-        needs_norm ? reinterpret_cast<double*>(sum_of_squares.begin()) : nullptr;
+    args.sum_of_squares = needs_norm ? reinterpret_cast<double*>(sum_of_squares.begin()) : nullptr;
     args.grad_norm = needs_norm ? reinterpret_cast<double*>(grad_norm.begin()) : nullptr;
     args.max_grad_norm = max_grad_norm;
     args.skip_nonfinite = skip_nonfinite;

@@ -44,7 +44,7 @@ napoleon_use_rtype = False
 # named in signatures only.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|os|collections|typing|Optimizer|Tensor|ParamsT|Anneal|Backend)\b.*")
+    ("py:.*", r"(torch|nn|os|collections|typing|Axes|Optimizer|Tensor|ParamsT|Anneal|Backend)\b.*")
 ]
 
 _TORCH_PAGES = "https://docs.pytorch.org/docs/stable/generated/"

@@ -29,6 +29,7 @@ from sgdr_fused.grad_norm import shard_axes, sum_over_shards
 from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of
 from sgdr_fused.in_backward import StepInBackward, refuse_clipping
 from sgdr_fused.reference import Clipping, ReferenceStepper
+from sgdr_fused.restart_hook import RestartHook
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position, is_finite
 from sgdr_fused.tensors import (
     check_tensors,
@@ -128,6 +129,7 @@ class FusedSGDR(Optimizer):
     _clipping = Clipping()
     _in_backward: StepInBackward | None = None
     _is_swapped = False
+    _restart_hooks: tuple[RestartHook, ...] = ()
     # Of the load_state_dict() under way.
     _saved_state: Mapping[Tensor, Any] = MappingProxyType({})
 
@@ -481,6 +483,33 @@ class FusedSGDR(Optimizer):
             else:
                 device_state.is_empty["momentum_buffer"].fill_(1)
         self._sync()
+        for hook in self._restart_hooks:
+            hook.after_restart(groups)
+
+    def register_restart_hook(
+        self, hook: Callable[[FusedSGDR], object], group: int = 0
+    ) -> RestartHook:
+        """Call a function where a cycle ends: after its last step, the last cycle's too, and at
+        each :meth:`restart`.
+
+        A step that is skipped does not call it again, nor do :meth:`seek` and
+        :meth:`load_state_dict`. On a GPU the host waits for each step, to know whether it has ended
+        a cycle; the replays of a CUDA graph call no hook.
+
+        Args:
+            hook: What to call, with the optimizer, in which the next cycle has begun.
+            group: Index of the param group whose cycles they are.
+
+        Returns:
+            A handle, whose ``remove()`` ends it. Pickle and deepcopy leave hooks out, as in torch.
+
+        Raises:
+            IndexError: There is no such group.
+
+        Example:
+            >>> optimizer.register_restart_hook(lambda o: print(f"cycle {o.cycle - 1} has ended"))
+        """
+        return RestartHook(self, hook, group)
 
     def seek(self, step: int) -> None:
         """Jump every group's schedule to a step, as if that many had been applied; momentum stays

@@ -329,6 +329,25 @@ def graph_and_the_host_in_turn() -> None:
 
 
 @scenario
+def hook_at_the_restarts() -> None:
+    """Called after the same steps as on the CPU, and not again for a step that is skipped."""
+    cpu, gpu = both()
+    seen: tuple[list[int], ...] = ([], [])
+    for optimizer, steps in zip((cpu, gpu), seen, strict=True):
+        optimizer.register_restart_hook(lambda o, steps=steps: steps.append(o.cycle))
+    run_both(cpu, gpu, range(3))
+    for optimizer in (cpu, gpu):
+        device = optimizer.param_groups[0]["params"][0].device
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.step()
+        del optimizer.found_inf
+    run_both(cpu, gpu, range(3, 10))
+    for optimizer in (cpu, gpu):
+        optimizer.restart()
+    assert seen == ([1, 2, 3], [1, 2, 3])
+
+
+@scenario
 def graph_of_what_it_cannot_repeat() -> None:
     """An error, for a replay would set the LR again each time."""
     for change in ("lr", "momentum_buffer", "device"):

@@ -335,16 +335,16 @@ def hook_at_the_restarts() -> None:
     seen: tuple[list[int], ...] = ([], [])
     for optimizer, steps in zip((cpu, gpu), seen, strict=True):
         optimizer.register_restart_hook(lambda o, steps=steps: steps.append(o.cycle))
-    run_both(cpu, gpu, range(3))
-    for optimizer in (cpu, gpu):
-        device = optimizer.param_groups[0]["params"][0].device
-        optimizer.found_inf = torch.ones((), device=device)
-        optimizer.step()
-        del optimizer.found_inf
-    run_both(cpu, gpu, range(3, 10))
+    for i in range(11):
+        give_gradients(i, cpu, gpu)
+        for optimizer in (cpu, gpu):
+            device = optimizer.param_groups[0]["params"][0].device
+            optimizer.found_inf = torch.full((), float(i == 3), device=device)
+            optimizer.step()  # which waits for the GPU, because of the hook
     for optimizer in (cpu, gpu):
         optimizer.restart()
     assert seen == ([1, 2, 3], [1, 2, 3])
+    assert_equal(cpu, gpu)
 
 
 @scenario

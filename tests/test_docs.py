@@ -24,8 +24,11 @@ def by_name(page):
     return page.stem
 
 
-# The recipes are run by tests/trainers/test_recipes.py, each on its own.
-@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "recipes"], ids=by_name)
+# Run by tests/trainers/, a section at a time: they need other libraries.
+OF_TRAINERS = ("recipes", "migration")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in OF_TRAINERS], ids=by_name)
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages.run(page, pages.prelude())

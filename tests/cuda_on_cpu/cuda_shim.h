@@ -24,8 +24,6 @@
 #include "cuda_vector_types.h"
 #include "shim_scheduler.h"
 
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
-
 // --------------------------------------------------------------------------- qualifiers, built-ins
 
 #define __global__

@@ -1,15 +1,16 @@
-"""Runs the kernel under the shim beside the reference, and compares them bit for bit.
+"""Runs the kernels under the shim beside the reference, and compares them bit for bit.
 
 A case is what happened to an optimizer, step by step. `kernel_main.cpp` reads it from a file, does
-the same by the kernel, and writes down what came of it after each step.
+the same by the kernels, and writes down what came of it after each step.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 
 from sgdr_fused import FusedSGDR
+from sgdr_fused.grad_norm import norm_of, sum_of_squares
 from sgdr_fused.groups import position_of, sync_group
-from sgdr_fused.reference import reference_step
+from sgdr_fused.reference import Clipping, reference_step
+from sgdr_fused.tensors import dtypes_of_state
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as in ElementType
+NO_TYPE = len(TYPES)
+ROLES = ("momentum_buffer", "ema", "master_param")  # besides parameter and gradient
 ENDLESS = 2**63 - 1
 
 
@@ -54,10 +59,11 @@ class Case:
 
     Args:
         groups: Param groups; each has what FusedSGDR takes.
-        offsets: For parameter number i: by how many bytes its memory, its gradient's and its
-            buffer's are off the alignment.
+        offsets: For parameter number i: by how many bytes its memory, its gradient's and those of
+            its ROLES are off the alignment; missing ones are 0.
         grad_dtypes: For parameter number i, if not its own.
         momentum_dtypes: For parameter number i, of a buffer that is there from the start.
+        clipping: Options of the whole optimizer; may be set between steps.
         multiprocessors: For which the grid is chosen.
         threads: Of a block; fewer than on a GPU are faster here.
     """
@@ -69,15 +75,20 @@ class Case:
         offsets: Callable[[int], Sequence[int]] = lambda i: (0, 0, 0),
         grad_dtypes: Sequence[torch.dtype] | None = None,
         momentum_dtypes: Sequence[torch.dtype] | None = None,
+        clipping: Clipping | None = None,
         multiprocessors: int = 1,
         threads: int = 64,
     ) -> None:
         options = {"lr": 0.1, "T_0": 5, "T_mult": 2}
-        self.optimizer = FusedSGDR([options | group for group in groups], **options)
+        self.optimizer = FusedSGDR(
+            [options | group for group in groups], **options, backend="reference"
+        )
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._steps: list[bytes] = []
         self._outcomes: list[Outcome] = []
+        self.clipping = clipping or Clipping()
         self.launches: list[int] = []
+        self.norm_launches: list[int] = []
         self._grid = (multiprocessors, threads)
         for i, dtype in enumerate(momentum_dtypes or []):
             buffer = values(self.params[i].numel(), dtype, 77 + i)
@@ -95,37 +106,36 @@ class Case:
         found_inf: float | None = None,
     ) -> None:
         """One step, of which param_groups may have been changed before."""
-        step = [struct.pack("<BfBf", grad_scale is not None, grad_scale or 0,
-                            found_inf is not None, found_inf or 0)]  # fmt: skip
+        limit = self.clipping.max_grad_norm
+        step = [
+            struct.pack("<BfBf", grad_scale is not None, grad_scale or 0,
+                        found_inf is not None, found_inf or 0),
+            struct.pack("<BdB", self.clipping.needs_norm, math.inf if limit is None else limit,
+                        self.clipping.skip_nonfinite),
+        ]  # fmt: skip
         for i, group in enumerate(self.optimizer.param_groups):
             is_set = group["lr"] is not self._lr_before[i]
             anew = self._schedule(group) != self._options_before[i] and not is_set
             if anew:
                 sync_group(group, group["lr"])
-            step.append(self._schedule(group))
-            decay = 0 if group["weight_decay"] == 0 else 2 if group["decoupled_weight_decay"] else 1
-            step.append(
-                struct.pack(
-                    "<3d5B",
-                    *(group["momentum"], group["dampening"], group["weight_decay"]),
-                    *(decay, anew, group["nesterov"], group["maximize"], group["reset_momentum"]),
-                )
-            )
+            step += [self._schedule(group), self._options(group, anew)]
             step.append(struct.pack("<Bd", 1, group["lr"]) if is_set else b"\0")
         for param, grad in zip(self.params, grads, strict=True):
             step.append(b"\0" if grad is None else b"\1" + raw(grad))
             param.grad_dtype = None
             param.grad = grad
         self._steps.append(b"".join(step))
-        if not found_inf:
-            reference_step(
-                self.optimizer.param_groups,
-                self.optimizer.state,
-                1.0 if grad_scale is None else grad_scale,
-            )
+        scale = 1.0 if grad_scale is None else grad_scale
+        groups = self.optimizer.param_groups
+        if found_inf:
+            for group in groups:
+                group["skipped_steps"] += 1
+        else:
+            reference_step(groups, self.optimizer.state, scale, self.clipping)
         self._options_before = [self._schedule(group) for group in self.optimizer.param_groups]
         self._lr_before = [group["lr"] for group in self.optimizer.param_groups]
-        self._outcomes.append(self._outcome())
+        norm = norm_of([sum_of_squares(g for g in grads if g is not None)], scale)
+        self._outcomes.append(self._outcome(norm))
 
     def steps(self, count: int, **options: Any) -> None:
         """As many steps in which every parameter has a gradient."""
@@ -170,10 +180,12 @@ class Case:
 
     def _compare(self, found: bytes) -> str:
         at = 0
-        self.launches = []
+        self.launches, self.norm_launches = [], []
         for number, outcome in enumerate(self._outcomes):
-            self.launches.append(struct.unpack_from("<I", found, at)[0])
-            at += 4
+            norm_launches, launches = struct.unpack_from("<2I", found, at)
+            self.norm_launches.append(norm_launches)
+            self.launches.append(launches)
+            at += 8
             for name, content in outcome.parts:
                 if isinstance(content, int):
                     at += content
@@ -189,40 +201,78 @@ class Case:
     ) -> bytes:
         header = [struct.pack("<I", len(self.optimizer.param_groups))]
         for group in self.optimizer.param_groups:
-            header.append(struct.pack("<4qd", *position_of(group), group["lr"]))
-            header.append(struct.pack("<I", len(group["params"])) + self._flags(group))
+            header.append(self._group_state(group))
+            header.append(struct.pack("<I", len(group["params"])) + self._param_states(group))
         header.append(struct.pack("<I", len(self.params)))
         number = 0
         for g, group in enumerate(self.optimizer.param_groups):
             for index, param in enumerate(group["params"]):
-                buffer = self.optimizer.state[param].get("momentum_buffer")
-                grad_type = self._grad_dtypes[number]
-                momentum_type = param.dtype if buffer is None else buffer.dtype
-                types = [TYPES.index(t) for t in (param.dtype, grad_type, momentum_type)]
-                header.append(struct.pack("<3I6B", g, index, param.numel(), *types,
-                                          *offsets(number)))  # fmt: skip
-                header.append(raw(param))
-                header.append(b"\0" if buffer is None else b"\1" + raw(buffer))
+                of_param = self.optimizer.state[param]
+                found = {role: of_param[role].dtype for role in ROLES if role in of_param}
+                dtypes = dtypes_of_state(group, param) | found
+                types = [TYPES.index(param.dtype), TYPES.index(self._grad_dtypes[number])]
+                types += [TYPES.index(dtypes[r]) if r in dtypes else NO_TYPE for r in ROLES]
+                places = [*offsets(number), 0, 0, 0][: len(types)]
+                header.append(struct.pack("<3I10B", g, index, param.numel(), *types, *places))
+                header.append(b"\1" + raw(param))
+                header += [
+                    b"\1" + raw(of_param[role]) if role in of_param else b"\0" for role in ROLES
+                ]
                 number += 1
         return b"".join(header)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self, norm: float) -> Outcome:
         outcome = Outcome()
         outcome.add("the ticket", bytes(4))
+        if self.clipping.needs_norm:
+            outcome.add("the norm", struct.pack("<d", norm))
         for g, group in enumerate(self.optimizer.param_groups):
-            outcome.add(f"the position of group {g}", struct.pack("<4q", *position_of(group)))
-            outcome.add(f"the LR of group {g}", struct.pack("<d", group["lr"]))
-            outcome.add(f"the first-step flags of group {g}", self._flags(group))
-        for i, param in enumerate(self.params):
+            state = self._group_state(group)
+            outcome.add(f"the position of group {g}", state[:32])
+            outcome.add(f"the LR of group {g}", state[32:40])
+            outcome.add(f"the number of skipped steps of group {g}", state[40:])
+            for index, of_param in enumerate(self._states_of_params(group)):
+                outcome.add(f"the state of group {g}'s parameter {index}", of_param)
+        groups = [g for g in self.optimizer.param_groups for _ in g["params"]]
+        for i, (group, param) in enumerate(zip(groups, self.params, strict=True)):
             outcome.add(f"parameter {i}", raw(param))
-            buffer = self.optimizer.state[param].get("momentum_buffer")
-            unknown = param.numel() * param.element_size()
-            outcome.add(f"momentum buffer {i}", unknown if buffer is None else raw(buffer))
+            of_param = self.optimizer.state[param]
+            dtypes = dtypes_of_state(group, param)
+            for role in ROLES:
+                if of_param.get(role) is not None:
+                    outcome.add(f"{role} {i}", raw(of_param[role]))
+                elif role in dtypes:
+                    outcome.add(f"{role} {i}", param.numel() * dtypes[role].itemsize)
         return outcome
 
-    def _flags(self, group: dict[str, Any]) -> bytes:
-        state = self.optimizer.state
-        return bytes("momentum_buffer" not in state[param] for param in group["params"])
+    @staticmethod
+    def _group_state(group: dict[str, Any]) -> bytes:
+        return struct.pack("<4qdq", *position_of(group), group["lr"], group["skipped_steps"])
+
+    def _param_states(self, group: dict[str, Any]) -> bytes:
+        return b"".join(self._states_of_params(group))
+
+    def _states_of_params(self, group: dict[str, Any]) -> Iterator[bytes]:
+        for param in group["params"]:
+            of_param = self.optimizer.state[param]
+            is_empty = [role not in of_param for role in ROLES]
+            yield struct.pack("<4BI", *is_empty, 0, of_param.get("n_averaged", 0))
+
+    @staticmethod
+    def _options(group: dict[str, Any], anew: bool) -> bytes:
+        ema_decay = group["ema_decay"]
+        decay = 0 if group["weight_decay"] != 0 and not group["decoupled_weight_decay"] else 1
+        direction = 0 if group["momentum"] == 0 else 2 if group["nesterov"] else 1
+        averaging = 0 if ema_decay is None else 2 if ema_decay == "swa" else 1
+        return struct.pack(
+            "<4dQ8B",
+            *(group["momentum"], group["dampening"], group["weight_decay"]),
+            ema_decay if averaging == 1 else 0,
+            group["seed"],
+            *(decay, direction, anew, averaging, group["maximize"], group["reset_momentum"]),
+            group["stochastic_rounding"],
+            group["stochastic_rounding"] or group["momentum_dtype"] is not None,
+        )
 
     @staticmethod
     def _schedule(group: dict[str, Any]) -> bytes:

@@ -1,19 +1,22 @@
-// Runs the kernel under the shim: kernel_main CASE RESULT. What the two files hold is written down
+// Runs the kernels under the shim: kernel_main CASE RESULT. What the two files hold is written down
 // in kernel_cases.py.
+#include <cstring>
 #include <fstream>
 #include <iostream>
+#include <limits>
 
 #include "cuda_shim.h"
-// After it: the header needs CUDA's words.
-#if defined(KERNEL_HEADER)
-// For a changed copy of the kernel: whether the environment asks for this bug.
+// After it: the headers need CUDA's words.
+#if defined(KERNELS_HEADER)
+// For changed copies of the kernels: whether the environment asks for this bug.
 inline bool planted(const char* bug) {
   static const char* const wanted = std::getenv("PLANTED_BUG");
   return wanted != nullptr && std::strcmp(wanted, bug) == 0;
 }
-#include KERNEL_HEADER
+#include KERNELS_HEADER
 #else
 #include "cuda/fused_step.cuh"
+#include "cuda/grad_norm.cuh"
 #endif
 
 namespace {
@@ -67,26 +70,47 @@ class DeviceMemory {
   size_t bytes_;
 };
 
+// A parameter with its gradient and its state: memory of 0 bytes for what it does not have.
 struct Tensor {
   uint32_t group, param_index, numel;
-  ElementType types[3];
-  DeviceMemory param, grad, momentum_buffer;
+  enum Role { kParam, kGrad, kMomentumBuffer, kEma, kMaster, kRoles };
+  ElementType types[kRoles];
+  std::vector<DeviceMemory> memory;
+
+  TensorEntry entry(const LaunchGroup& of_group) const {
+    const auto at = [this](Role role, bool is_used) {
+      return is_used && types[role] != ElementType::kNone ? memory[role].begin() : nullptr;
+    };
+    const bool has_master = types[kMaster] != ElementType::kNone;
+    const Role trained = has_master ? kMaster : kParam;
+    return {.param = memory[trained].begin(),
+            .grad = memory[kGrad].begin(),
+            .momentum_buffer = at(kMomentumBuffer, of_group.has_momentum()),
+            .ema = at(kEma, of_group.averaging != Averaging::kNone),
+            .low_precision_param = at(kParam, has_master),
+            .numel = numel,
+            .group = group,
+            .param_type = types[trained],
+            .grad_type = types[kGrad],
+            .momentum_type = types[kMomentumBuffer],
+            .low_precision_type = has_master ? types[kParam] : ElementType::kNone,
+            .first_step = false};
+  }
 };
 
 Tensor read_tensor(Reader& in) {
-  const auto group = in.get<uint32_t>(), param_index = in.get<uint32_t>(),
-             numel = in.get<uint32_t>();
-  ElementType types[3];
-  uint8_t offsets[3];
-  in.bytes(types, 3);
-  in.bytes(offsets, 3);
-  const auto memory = [&](int i) {
-    return DeviceMemory(numel * element_size(types[i]), offsets[i]);
-  };
-  Tensor tensor{group,     param_index, numel,    {types[0], types[1], types[2]},
-                memory(0), memory(1),   memory(2)};
-  in.bytes(tensor.param.begin(), tensor.param.bytes());
-  if (in.flag()) in.bytes(tensor.momentum_buffer.begin(), tensor.momentum_buffer.bytes());
+  Tensor tensor{};
+  tensor.group = in.get<uint32_t>();
+  tensor.param_index = in.get<uint32_t>();
+  tensor.numel = in.get<uint32_t>();
+  uint8_t offsets[Tensor::kRoles];
+  in.bytes(tensor.types, sizeof tensor.types);
+  in.bytes(offsets, sizeof offsets);
+  for (int role = 0; role < Tensor::kRoles; ++role) {
+    const size_t bytes = tensor.numel * element_size(tensor.types[role]);
+    const DeviceMemory& memory = tensor.memory.emplace_back(bytes, offsets[role]);
+    if (role != Tensor::kGrad && in.flag()) in.bytes(memory.begin(), bytes);
+  }
   return tensor;
 }
 
@@ -96,12 +120,16 @@ LaunchGroup read_group(Reader& in) {
   group.momentum = in.get<double>();
   group.dampening = in.get<double>();
   group.weight_decay = in.get<double>();
+  group.ema_decay = in.get<double>();
+  group.seed = in.get<uint64_t>();
   group.decay = in.get<WeightDecay>();
+  group.direction = in.get<Direction>();
   group.lr_source = in.get<LrSource>();
-  group.has_momentum = group.momentum != 0;
-  group.nesterov = in.flag();
+  group.averaging = in.get<Averaging>();
   group.maximize = in.flag();
   group.reset_momentum = in.flag();
+  group.rounds_param = in.flag();
+  group.rounds_momentum = in.flag();
   return group;
 }
 
@@ -112,68 +140,94 @@ void run(Reader& in, std::ostream& out) {
   shim::config.seed = in.get<uint32_t>();
   const auto multiprocessors = in.get<uint32_t>(), threads = in.get<uint32_t>();
   std::vector<GroupState> states(in.get<uint32_t>());
-  std::vector<std::vector<uint8_t>> flags(states.size());
+  std::vector<std::vector<ParamState>> params(states.size());
   for (size_t i = 0; i < states.size(); ++i) {
     in.bytes(&states[i], sizeof states[i]);
-    flags[i].resize(in.get<uint32_t>());
-    in.bytes(flags[i].data(), flags[i].size());
+    params[i].resize(in.get<uint32_t>());
+    in.bytes(params[i].data(), params[i].size() * sizeof(ParamState));
   }
   std::vector<Tensor> tensors;
   const auto tensor_count = in.get<uint32_t>();
   for (uint32_t i = 0; i < tensor_count; ++i) tensors.push_back(read_tensor(in));
 
   uint32_t ticket = 0;
-  LaunchArgs args;
   const auto step_count = in.get<uint32_t>();
   for (uint32_t step = 0; step < step_count; ++step) {
     const bool has_grad_scale = in.flag();
     const auto grad_scale = in.get<float>();
     const bool has_found_inf = in.flag();
     const auto found_inf = in.get<float>();
+    const bool needs_norm = in.flag();
+    const auto max_grad_norm = in.get<double>();
+    const bool skip_nonfinite = in.flag();
     std::vector<LaunchGroup> groups;
+    uint32_t first_param = 0;
     for (size_t i = 0; i < states.size(); ++i) {
       groups.push_back(read_group(in));
       groups[i].state = &states[i];
-      groups[i].first_step = flags[i].data();
-      groups[i].param_count = static_cast<uint32_t>(flags[i].size());
+      groups[i].params = params[i].data();
+      groups[i].param_count = static_cast<uint32_t>(params[i].size());
+      groups[i].first_param = first_param;
+      first_param += groups[i].param_count;
       if (const bool is_set = in.flag(); is_set) states[i].lr = in.get<double>();
     }
     std::vector<TensorEntry> entries;
     std::vector<uint32_t> param_indices;
-    for (Tensor& tensor : tensors) {
+    for (const Tensor& tensor : tensors) {
       if (!in.flag()) continue;
-      in.bytes(tensor.grad.begin(), tensor.grad.bytes());
-      const bool momentum = groups[tensor.group].has_momentum;
-      entries.push_back({.param = tensor.param.begin(),
-                         .grad = tensor.grad.begin(),
-                         .momentum_buffer = momentum ? tensor.momentum_buffer.begin() : nullptr,
-                         .numel = tensor.numel,
-                         .group = tensor.group,
-                         .param_type = tensor.types[0],
-                         .grad_type = tensor.types[1],
-                         .momentum_type = tensor.types[2],
-                         .first_step = false});
+      const DeviceMemory& grad = tensor.memory[Tensor::kGrad];
+      in.bytes(grad.begin(), grad.bytes());
+      entries.push_back(tensor.entry(groups[tensor.group]));
       param_indices.push_back(tensor.param_index);
     }
 
-    uint32_t launches = 0;
+    uint32_t norm_launches = 0, launches = 0;
+    const DeviceMemory sum_of_squares(sizeof(double), 0), grad_norm(sizeof(double), 0);
+    if (needs_norm) {
+      const auto chunks = static_cast<size_t>(count_chunks(entries, kNormChunk));
+      const DeviceMemory chunk_sums(chunks * sizeof(double), 8);
+      NormArgs args;
+      args.chunk_sums = reinterpret_cast<double*>(chunk_sums.begin());
+      args.sum_of_squares = reinterpret_cast<double*>(sum_of_squares.begin());
+      args.ticket = &ticket;
+      for_each_norm_launch(args, entries, [&](const NormArgs& filled) {
+        ++norm_launches;
+        shim::launch(&sum_of_squared_grads_kernel, block_count(filled, multiprocessors), threads, 0,
+                     filled);
+      });
+    }
+    LaunchArgs args;
     args.grad_scale = has_grad_scale ? &grad_scale : nullptr;
     args.found_inf = has_found_inf ? &found_inf : nullptr;
+    args.sum_of_squares =
+        needs_norm ? reinterpret_cast<double*>(sum_of_squares.begin()) : nullptr;
+    args.grad_norm = needs_norm ? reinterpret_cast<double*>(grad_norm.begin()) : nullptr;
+    args.max_grad_norm = max_grad_norm;
+    args.skip_nonfinite = skip_nonfinite;
     args.ticket = &ticket;
     for_each_launch(args, groups, entries, param_indices, [&](const LaunchArgs& filled) {
       ++launches;
-      shim::launch(&fused_step_kernel, block_count(filled, multiprocessors), threads, 0, filled);
+      const auto kernel = filled.has_extras ? &fused_step_kernel<true> : &fused_step_kernel<false>;
+      shim::launch(kernel, block_count(filled, multiprocessors), threads, 0, filled);
     });
 
+    write(&norm_launches, sizeof norm_launches);
     write(&launches, sizeof launches);
     write(&ticket, sizeof ticket);
+    if (needs_norm) {
+      double norm;
+      std::memcpy(&norm, grad_norm.begin(), sizeof norm);
+      if (norm != norm) norm = std::numeric_limits<double>::quiet_NaN();  // there are others
+      write(&norm, sizeof norm);
+    }
     for (size_t i = 0; i < states.size(); ++i) {
       write(&states[i], sizeof states[i]);
-      write(flags[i].data(), flags[i].size());
+      write(params[i].data(), params[i].size() * sizeof(ParamState));
     }
     for (const Tensor& tensor : tensors) {
-      write(tensor.param.begin(), tensor.param.bytes());
-      write(tensor.momentum_buffer.begin(), tensor.momentum_buffer.bytes());
+      for (int role = 0; role < Tensor::kRoles; ++role) {
+        if (role != Tensor::kGrad) write(tensor.memory[role].begin(), tensor.memory[role].bytes());
+      }
     }
   }
 }

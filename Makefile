@@ -1,4 +1,5 @@
 # make demo: trains on real data with the pair and with FusedSGDR. make test: the whole suite.
+# make docs: the documentation as a site.
 # Each makes its own virtual environment first, and again only when something was changed.
 
 PYTHON ?= python3
@@ -7,9 +8,11 @@ VENV ?= .venv
 EXTRAS ?= demo,test,lint
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+DOCS_STAMP := $(VENV)/installed-docs
+SITE := docs/_build/html
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test benchmark lint format clean
+.PHONY: demo test benchmark docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
@@ -19,8 +22,14 @@ test: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.one_pass
+	$(BIN)/python -m benchmarks.backward_memory
 	$(BIN)/python -m benchmarks.small_tensors
 	$(BIN)/python -m benchmarks.threads
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going docs $(SITE)
+	@echo "The site: file://$(CURDIR)/$(SITE)/index.html"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,5 +50,9 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	$(BIN)/pip install --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $(STAMP)
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --no-build-isolation -e ".[docs]"
+	touch $(DOCS_STAMP)
+
 clean:
-	rm -rf build *.egg-info sgdr_fused/*.so sgdr_fused/_built_for.py
+	rm -rf build docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_built_for.py

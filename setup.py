@@ -16,13 +16,14 @@ PACKAGE = Path(__file__).parent / "sgdr_fused"
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/ops.cpp",
     "csrc/stepper.cpp",
     "csrc/stepper_grad_norm.cpp",
     "csrc/stepper_on_gpu.cpp",
     "csrc/cpu/fused_step.cpp",
     "csrc/cpu/grad_norm.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/fused_step.cu"]
+CUDA_SOURCES = ["csrc/cuda/fused_step.cu", "csrc/cuda/grad_norm.cu"]
 
 # No fused multiply-add but those written out, see Note [Same bits everywhere] in csrc/sgdr_math.h.
 # What the other two give up (errno, floating-point traps) nobody reads, and the vectoriser needs

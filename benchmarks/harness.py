@@ -161,7 +161,7 @@ class Workload:
     They are allocated as a training would: all parameters, all gradients, then all buffers.
     """
 
-    def __init__(self, shapes: Shapes, device: str = "cpu") -> None:
+    def __init__(self, shapes: Shapes, device: str = "cpu", **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self.params = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
         for param in self.params:
@@ -170,12 +170,19 @@ class Workload:
             param.grad = (uniform + torch.ones_like(uniform).copysign(uniform)).to(device)
         self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
         self._start = [param.clone() for param in self.params]
-        self._expected = self._after_steps(*fused_sgdr(self.params, backend="reference"))
-        for param, start in zip(self._expected, self._start, strict=True):
-            assert (param - start).abs().min() > OPTIONS["lr"] / 2
+        self._grads = [param.grad.clone() for param in self.params]
+        reference = fused_sgdr(self.params, backend="reference", **options)
+        self._expected = self._after_steps(*reference)
+        for param, start in zip(self._expected, self._start, strict=False):
+            assert (param - start).abs().min() > OPTIONS["lr"] / 4
 
     def candidate(
-        self, name: str, threads: int, build: Build, shares_buffers: bool = True
+        self,
+        name: str,
+        threads: int,
+        build: Build,
+        shares_buffers: bool = True,
+        momentum_eps: float = 0.0,
     ) -> Candidate:
         """A candidate that is known to make the same update as the reference.
 
@@ -185,6 +192,7 @@ class Workload:
             build: Makes an optimizer for the parameters, and the function that takes one step.
             shares_buffers: Whether to time it with the momentum buffers of all; a CUDA graph keeps
                 its own.
+            momentum_eps: By how much of itself its momentum buffer is off after each step.
 
         Raises:
             AssertionError: Its parameters differ from the reference's after a few steps.
@@ -194,6 +202,8 @@ class Workload:
             result = self._after_steps(optimizer, step)
         # Each step rounds the parameter, of size 1, a few times.
         tolerance = 2 * CHECKED_STEPS * torch.finfo(torch.float32).eps
+        # A gradient is 1.5 at most, and the buffer as many times that as there were steps.
+        tolerance += OPTIONS["lr"] * 1.5 * CHECKED_STEPS**2 * momentum_eps
         try:
             torch.testing.assert_close(result, self._expected, rtol=tolerance, atol=tolerance)
         except AssertionError as error:
@@ -204,18 +214,22 @@ class Workload:
         return Candidate(name, step, threads)
 
     def _after_steps(self, optimizer: Optimizer, step: Step) -> list[Tensor]:
-        for param, start in zip(self.params, self._start, strict=True):
+        for param, start, grad in zip(self.params, self._start, self._grads, strict=True):
             param.copy_(start)
+            param.grad.copy_(grad)
         for _ in range(CHECKED_STEPS):
             step()
         for param in self.params:
             assert "momentum_buffer" in optimizer.state[param]
-        return [param.clone() for param in self.params]
+        averages = [optimizer.state[p]["ema"] for p in self.params if "ema" in optimizer.state[p]]
+        return [tensor.clone() for tensor in (*self.params, *averages)]
 
 
-def fused_sgdr(params: list[Tensor], backend: str = "native") -> tuple[Optimizer, Step]:
-    """FusedSGDR with the benchmarks' options, and its step."""
-    optimizer = FusedSGDR(params, **OPTIONS, **SCHEDULE, backend=backend)
+def fused_sgdr(
+    params: list[Tensor], backend: str = "native", **options: Any
+) -> tuple[Optimizer, Step]:
+    """FusedSGDR with the benchmarks' options and more, and its step."""
+    optimizer = FusedSGDR(params, **OPTIONS, **SCHEDULE, **options, backend=backend)
     return optimizer, optimizer.step
 
 

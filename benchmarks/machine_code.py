@@ -1,7 +1,8 @@
-"""What nvcc makes of the CUDA kernel, on a machine without a GPU.
+"""What nvcc makes of the CUDA kernels, on a machine without a GPU.
 
 python -m benchmarks.machine_code prints registers, instructions an element and bytes an element for
-each architecture. Needs nvcc, and nvdisasm from PATH or from the package nvidia-cuda-nvdisasm.
+each kernel and architecture. Needs nvcc, and nvdisasm, from PATH or the package
+nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ CACHE = Path(tempfile.gettempdir()) / f"sgdr_machine_code_{os.getuid()}"
 
 # What torch.utils.cpp_extension adds, as far as it changes the code.
 TORCH_FLAGS = ("--expt-relaxed-constexpr",)
+
+# A source for each kernel. The step has two: without and with what LaunchExtras are for.
+_STEP = "__global__ void sgdr::fused_step_kernel<{}>(const __grid_constant__ sgdr::LaunchArgs);"
+SOURCES = {
+    "step": f'#include "cuda/fused_step.cuh"\ntemplate {_STEP.format("false")}\n',
+    "step with extras": f'#include "cuda/fused_step.cuh"\ntemplate {_STEP.format("true")}\n',
+    "norm": '#include "cuda/grad_norm.cuh"\n',
+}
 
 CONVERSIONS = ("HADD2", "F2F", "PRMT", "SHF", "SHL", "IMAD.U32", "IMAD.SHL")
 DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
@@ -75,7 +84,7 @@ class Kernel:
     loops: Sequence[Loop]
 
     def usual_loop(self, dtype: str) -> Loop:
-        """Of weight decay and Nesterov momentum, without grad_scale: the longest without division.
+        """Of weight decay and Nesterov momentum, without grad_scale or clipping.
 
         Args:
             dtype: "float32", "float64", "float16" or "bfloat16", for parameter, gradient and
@@ -90,7 +99,8 @@ class Kernel:
             is_float16 = loop.count("HADD2.F32") > 0
             return loop.dtype == "half" and is_float16 == (dtype == "float16")
 
-        return max(filter(fits, self.loops), key=lambda loop: loop.count("FFMA", "DFMA"))
+        # The one with the most to compute, and of those the one that does not scale.
+        return max(filter(fits, self.loops), key=lambda o: (o.count("FFMA", "DFMA"), -o.size))
 
 
 def missing_tool() -> str:
@@ -109,14 +119,15 @@ def architectures() -> list[str]:
     return [name.replace(".", "") for name in _constant_of_setup("CUDA_ARCHITECTURES")]
 
 
-def compiled(names: Sequence[str]) -> list[Kernel]:
-    """The kernel's machine code, compiled by setup.py's flags.
+def compiled(names: Sequence[str], kernel: str = "step") -> list[Kernel]:
+    """A kernel's machine code, compiled by setup.py's flags.
 
     Args:
         names: Architectures, such as "80".
+        kernel: A key of ``SOURCES``.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_compile, names))
+        return list(pool.map(lambda name: _compile(name, SOURCES[kernel]), names))
 
 
 def _nvdisasm() -> str | None:
@@ -132,22 +143,24 @@ def _constant_of_setup(name: str) -> list[str]:
     raise LookupError(f"setup.py has no {name}")
 
 
-def _compile(architecture: str) -> Kernel:
+def _compile(architecture: str, text: str) -> Kernel:
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
     include = Path(torch.origin).parent / "include"
     flags = [*_constant_of_setup("NVCC_FLAGS"), *TORCH_FLAGS, f"-arch=sm_{architecture}"]
     command = ["nvcc", *flags, "-Xptxas=-v", "-cubin", f"-I{REPOSITORY / 'csrc'}", f"-I{include}"]
-    digest = hashlib.sha256("\0".join(command).encode())
-    for path in sorted((REPOSITORY / "csrc").rglob("*.*h")):
+    digest = hashlib.sha256("\0".join([*command, text]).encode())
+    for path in sorted(
+        [*(REPOSITORY / "csrc").rglob("*.h"), *(REPOSITORY / "csrc").rglob("*.cuh")]
+    ):
         digest.update(path.read_bytes())
     folder = CACHE / digest.hexdigest()[:16]
     cubin, report = folder / "kernel.cubin", folder / "report"
     if not report.exists():
         folder.mkdir(parents=True, exist_ok=True)
         source = folder / "kernel.cu"
-        source.write_text('#include "cuda/fused_step.cuh"\n')
+        source.write_text(text)
         ran = subprocess.run(
             [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
         )
@@ -197,9 +210,10 @@ def main() -> None:
     if missing := missing_tool():
         raise SystemExit(missing)
     widths = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
-    rows = []
+    rows: list[dict[str, object]] = []
     for kernel in compiled(architectures()):
         row: dict[str, object] = {
+            "kernel": "step",
             "architecture": f"sm_{kernel.architecture}",
             "registers": kernel.registers,
             "spilled_bytes": kernel.spilled_bytes,
@@ -221,6 +235,22 @@ def main() -> None:
             f"{row['architecture']:8}{row['registers']:>10}{row['spilled_bytes']:>9}"
             + "".join(f"{figure:>14}" for figure in figures)
         )
+    print(f"\n{'':26}{'registers':>10}{'spilled':>9}{'local accesses':>16}")
+    for name in list(SOURCES)[1:]:
+        for kernel in compiled(architectures(), name):
+            rows.append(
+                {
+                    "kernel": name,
+                    "architecture": f"sm_{kernel.architecture}",
+                    "registers": kernel.registers,
+                    "spilled_bytes": kernel.spilled_bytes,
+                    "local_accesses": kernel.local_accesses,
+                }
+            )
+            print(
+                f"{name:18}{'sm_' + kernel.architecture:8}{kernel.registers:>10}"
+                f"{kernel.spilled_bytes:>9}{kernel.local_accesses:>16}"
+            )
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 
 

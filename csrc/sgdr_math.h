@@ -240,20 +240,29 @@ SGDR_HD bool is_finite(double x) { return x - x == 0; }
 // ------------------------------------------------------------------------------------------------
 // stochastic rounding
 
-// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Of a
-// counter and a key, in place of the counter.
-SGDR_HD void philox(uint32_t (&counter)[4], uint64_t key) {
-  uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product_0 = uint64_t{0xD2511F53} * counter[0];
-    const uint64_t product_1 = uint64_t{0xCD9E8D57} * counter[2];
-    counter[0] = static_cast<uint32_t>(product_1 >> 32) ^ counter[1] ^ key_0;
-    counter[1] = static_cast<uint32_t>(product_1);
-    counter[2] = static_cast<uint32_t>(product_0 >> 32) ^ counter[3] ^ key_1;
-    counter[3] = static_cast<uint32_t>(product_0);
-    key_0 += 0x9E3779B9;
-    key_1 += 0xBB67AE85;
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Ten rounds
+// turn a counter into random words.
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxKey {
+  uint32_t words[2];
+
+  SGDR_HD explicit PhiloxKey(uint64_t key)
+      : words{static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)} {}
+  SGDR_HD void advance() {
+    words[0] += 0x9E3779B9;
+    words[1] += 0xBB67AE85;
   }
+};
+
+SGDR_HD void philox_round(const PhiloxKey& key, uint32_t& c0, uint32_t& c1, uint32_t& c2,
+                          uint32_t& c3) {
+  const uint64_t product_0 = uint64_t{0xD2511F53} * c0;
+  const uint64_t product_1 = uint64_t{0xCD9E8D57} * c2;
+  c0 = static_cast<uint32_t>(product_1 >> 32) ^ c1 ^ key.words[0];
+  c1 = static_cast<uint32_t>(product_1);
+  c2 = static_cast<uint32_t>(product_0 >> 32) ^ c3 ^ key.words[1];
+  c3 = static_cast<uint32_t>(product_0);
 }
 
 // Which of a parameter's values is rounded.
@@ -273,29 +282,34 @@ struct RandomKey {
 // interval.
 constexpr int64_t kDrawNumel = 64;
 
-SGDR_HD void draw(const RandomKey& key, Rounded rounded, int64_t index, uint32_t (&words)[4]) {
-  words[0] = static_cast<uint32_t>(index);
-  words[1] = static_cast<uint32_t>(index >> 32) << 1 | static_cast<uint32_t>(rounded);
-  words[2] = key.param_index;
-  words[3] = key.step;
-  philox(words, key.seed);
+SGDR_HD void set_counter(const RandomKey& key, Rounded rounded, int64_t index, uint32_t& c0,
+                         uint32_t& c1, uint32_t& c2, uint32_t& c3) {
+  c0 = static_cast<uint32_t>(index);
+  c1 = static_cast<uint32_t>(index >> 32) << 1 | static_cast<uint32_t>(rounded);
+  c2 = key.param_index;
+  c3 = key.step;
 }
+
+SGDR_HD void draw(const RandomKey& key, Rounded rounded, int64_t index, uint32_t (&words)[4]) {
+  set_counter(key, rounded, index, words[0], words[1], words[2], words[3]);
+  PhiloxKey round_key(key.seed);
+  for (int round = 0; round < kPhiloxRounds; ++round, round_key.advance())
+    philox_round(round_key, words[0], words[1], words[2], words[3]);
+}
+
+SGDR_HD uint32_t flip_of_element(uint32_t i) { return (i / 8 % 8) << 13; }
 
 // Of element i of a draw, to which word i % 8 / 2 belongs.
 SGDR_HD uint32_t bits_of_element(uint32_t word, uint32_t i) {
-  return (word >> (i % 2 * 16) & 0xFFFF) ^ (i / 8 % 8) << 13;
+  return (word >> (i % 2 * 16) & 0xFFFF) ^ flip_of_element(i);
 }
 
 // Up with the probability of the part that is cut off, else down; `bits` is of 16 random bits. The
 // result is the number's representation.
 SGDR_HD uint16_t round_to_bfloat16(float value, uint32_t bits) {
   const uint32_t exact = std::bit_cast<uint32_t>(value);
-  const uint32_t magnitude = exact & 0x7FFFFFFF;
-  const uint32_t rounded = exact + bits;
-  const uint32_t kept = magnitude > 0x7F800000   ? exact | 0x00400000  // NaN
-                        : magnitude < 0x7F800000 ? rounded
-                                                 : exact;
-  return static_cast<uint16_t>(kept >> 16);
+  const bool is_nan = (exact & 0x7FFFFFFF) > 0x7F800000;
+  return static_cast<uint16_t>((is_nan ? exact | 0x00400000 : exact + bits) >> 16);
 }
 
 SGDR_HD uint16_t round_to_float16(float value, uint32_t bits) {

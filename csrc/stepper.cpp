@@ -43,23 +43,30 @@ void Stepper::set_clipping(std::optional<double> max_grad_norm, bool skip_nonfin
   if (!needs_norm()) grad_norm_ = py::none();
 }
 
+struct Stepper::Stepping {
+  explicit Stepping(Stepper& stepper) : stepper(stepper) {
+    if (stepper.is_stepping_)
+      throw std::runtime_error("step() was called on an optimizer whose step() is still running");
+    stepper.is_stepping_ = true;
+    stepper.numel_ = 0;
+    stepper.entries_.clear();
+    stepper.entry_tensors_.clear();
+  }
+  ~Stepping() {
+    stepper.is_stepping_ = false;
+    stepper.new_state_.clear();
+    stepper.averaged_.clear();
+    stepper.sharded_parts_.clear();
+    stepper.copy_back_.clear();
+    stepper.kept_alive_.clear();
+    stepper.gpu_steps_.clear();
+  }
+  Stepper& stepper;
+};
+
 bool Stepper::step(const py::list& param_groups, const py::dict& state,
                    const py::object& grad_scale, const py::object& found_inf) {
-  if (is_stepping_)
-    throw std::runtime_error("step() was called on an optimizer whose step() is still running");
-  const struct Guard {
-    explicit Guard(Stepper& stepper) : stepper(stepper) { stepper.is_stepping_ = true; }
-    ~Guard() {
-      stepper.is_stepping_ = false;
-      stepper.new_state_.clear();
-      stepper.averaged_.clear();
-      stepper.sharded_parts_.clear();
-      stepper.copy_back_.clear();
-      stepper.kept_alive_.clear();
-      stepper.gpu_steps_.clear();
-    }
-    Stepper& stepper;
-  } guard(*this);
+  const Stepping stepping(*this);
   const at::NoGradGuard no_grad;
 
   sync_groups(param_groups, state);
@@ -82,14 +89,8 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
       if (max_grad_norm_.has_value()) coefficient = clip_coefficient(norm, *max_grad_norm_);
     }
   }
-  group_steps_.clear();
-  for (Group& group : groups_) {
-    group.update.scalars.grad_divisor = host_scale;
-    group.update.scalars.grad_multiplier = group.maximize ? -coefficient : coefficient;
-    group.update.step = group.position.step;
-    group_steps_.push_back(group.update);
-  }
-  if (!gpu_steps_.empty()) run_on_gpus(grad_scale, found_inf);
+  set_scalars(host_scale, coefficient);
+  if (!gpu_steps_.empty()) run_on_gpus(grad_scale, found_inf, true);
   run();
   store_new_state(state);
   for (size_t i = 0; i < groups_.size(); ++i) {
@@ -100,11 +101,45 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
   return true;
 }
 
+bool Stepper::step_param(const py::list& param_groups, const py::dict& state, uint32_t index) {
+  const Stepping stepping(*this);
+  const at::NoGradGuard no_grad;
+  sync_groups(param_groups, state);
+  set_scalars(1, 1);
+  size_t i = 0;
+  while (i + 1 < groups_.size() && groups_[i + 1].first_param <= index) ++i;
+  Group& group = groups_[i];
+  const size_t in_group = index - group.first_param;
+  PyObject* param = PyList_GET_ITEM(group.params(), static_cast<Py_ssize_t>(in_group));
+  Slot slot{param, find(state.ptr(), param), index, {}, {}};
+  if (group.on_gpu != nullptr) {
+    if (!gather_on_gpu(group, &slot, in_group, in_group + 1, false)) return false;
+    run_on_gpus(py::none(), py::none(), false);
+  } else if (!gather_param(group, static_cast<uint32_t>(i), slot)) {
+    return false;
+  }
+  run();
+  store_new_state(state);
+  return true;
+}
+
+void Stepper::set_scalars(double grad_scale, double coefficient) {
+  group_steps_.clear();
+  for (Group& group : groups_) {
+    group.update.scalars.grad_divisor = grad_scale;
+    group.update.scalars.grad_multiplier = group.maximize ? -coefficient : coefficient;
+    group.update.step = group.position.step;
+    group_steps_.push_back(group.update);
+  }
+}
+
 void Stepper::count_skipped_step(const py::list& param_groups) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     Group& group = groups_[i];
     if (group.on_gpu != nullptr) {
-      group.on_gpu->memory.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t)).add_(1);
+      const at::Tensor count =
+          group.on_gpu->memory.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t));
+      count.fill_(count.item<int64_t>() + 1);
       continue;
     }
     group.items.store(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)),
@@ -241,8 +276,11 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
 void Stepper::Slot::remember(const at::TensorImpl* of_param, const at::TensorImpl* grad,
                              const at::TensorImpl* buffer, const at::TensorImpl* ema) {
   const auto storage = [](const at::TensorImpl* tensor) -> const void* {
-    return tensor == nullptr ? nullptr : tensor->unsafe_storage().unsafeGetStorageImpl();
+    return tensor->unsafe_storage().unsafeGetStorageImpl();
   };
+  // A prefetch of nothing would cost more than one of the same line again.
+  if (buffer == nullptr) buffer = of_param;
+  if (ema == nullptr) ema = of_param;
   tensors = {of_param, grad, buffer, ema};
   others = {of_param->autograd_meta(), storage(of_param), storage(grad), storage(buffer),
             storage(ema)};
@@ -278,24 +316,33 @@ void Stepper::find_slots(PyObject* state) {
   }
 }
 
+bool Stepper::has_slots_of_params() const {
+  size_t next = 0;
+  for (const Group& group : groups_) {
+    PyObject* list = group.params();
+    const auto size = static_cast<size_t>(PyList_GET_SIZE(list));
+    if (next + size > slots_.size()) return false;
+    for (size_t i = 0; i < size; ++i, ++next) {
+      if (slots_[next].param != PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i))) return false;
+    }
+  }
+  return next == slots_.size();
+}
+
 bool Stepper::gather(PyObject* state) {
-  if (!state_.matches(state)) find_slots(state);
-  numel_ = 0;
-  entries_.clear();
-  entry_tensors_.clear();
-  size_t slot = 0;
+  if (!state_.matches(state) || !has_slots_of_params()) find_slots(state);
+  Slot* slot = slots_.data();
+  Slot* const end = slot + slots_.size();
   for (size_t i = 0; i < groups_.size(); ++i) {
-    PyObject* list = groups_[i].params();
+    const auto size = static_cast<size_t>(PyList_GET_SIZE(groups_[i].params()));
     if (groups_[i].on_gpu != nullptr) {
-      if (!gather_on_gpu(groups_[i], slot, state)) return false;
-      slot += static_cast<size_t>(PyList_GET_SIZE(list));
+      if (!gather_on_gpu(groups_[i], slot, 0, size, true)) return false;
+      slot += size;
       continue;
     }
-    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j, ++slot) {
-      if (slot >= slots_.size() || slots_[slot].param != PyList_GET_ITEM(list, j))
-        find_slots(state);
-      if (slot + kAhead < slots_.size()) slots_[slot + kAhead].prefetch();
-      if (!gather_param(groups_[i], static_cast<uint32_t>(i), slots_[slot])) return false;
+    for (size_t j = 0; j < size; ++j, ++slot) {
+      if (slot + kAhead < end) slot[kAhead].prefetch();
+      if (!gather_param(groups_[i], static_cast<uint32_t>(i), *slot)) return false;
     }
   }
   return true;
@@ -533,14 +580,15 @@ void Stepper::run() {
   }
   for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
   for (size_t i = 0; i < entry_tensors_.size(); ++i) {
-    const auto [param, buffer, ema, low_precision, grad] = entry_tensors_[i];
     if (i + kAhead < entry_tensors_.size()) {
-      for (const at::TensorImpl* tensor : entry_tensors_[i + kAhead]) __builtin_prefetch(tensor);
+      __builtin_prefetch(entry_tensors_[i + kAhead][0]);
+      __builtin_prefetch(entry_tensors_[i + kAhead][1]);
     }
-    param->bump_version();
-    for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
-      if (tensor != nullptr) tensor->bump_version();
-    }
+    const EntryTensors& tensors = entry_tensors_[i];
+    tensors[0]->bump_version();
+    if (tensors[1] != nullptr) tensors[1]->bump_version();
+    if (tensors[2] != nullptr) tensors[2]->bump_version();
+    if (tensors[3] != nullptr) tensors[3]->bump_version();
   }
 }
 

@@ -35,6 +35,10 @@ class Stepper {
   // Of the last step, before clipping: a float, a tensor on a GPU, or None.
   py::object grad_norm() const { return grad_norm_; }
 
+  // The update of one parameter, by its place among those of all groups; the schedule stays.
+  // Returns false like step().
+  bool step_param(const py::list& param_groups, const py::dict& state, uint32_t index);
+
   // grad_scale and found_inf are numbers, tensors of one element, or None. Returns false, having
   // written nothing, where a tensor is of a kind that no native backend takes.
   bool step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
@@ -146,8 +150,10 @@ class Stepper {
   static void track(OnGpu& on_gpu, size_t index, Role role, PyObject* state_of_param);
   static Group read_group(PyObject* dict, bool is_on_host);
   void find_slots(PyObject* state);
+  bool has_slots_of_params() const;
   bool gather(PyObject* state);
-  bool gather_on_gpu(Group& group, size_t slot, PyObject* state);
+  // Of the parameters [first, last) of a group, whose slots begin with the one given.
+  bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   bool gather_param(const Group& group, uint32_t index, Slot& slot);
   bool gather_more(const Group& group, Slot& slot, Operands& operands);
@@ -161,8 +167,9 @@ class Stepper {
   FusedStep host_step() const;
   void keep_tensors_alive();
   void run();
-  void run_on_gpus(const py::object& grad_scale, const py::object& found_inf);
+  void run_on_gpus(const py::object& grad_scale, const py::object& found_inf, bool advances);
   bool needs_norm() const { return max_grad_norm_.has_value() || skip_nonfinite_; }
+  void set_scalars(double grad_scale, double coefficient);
   void check_devices_of_norm() const;
   double sum_of_squared_grads();
   at::Tensor sum_of_squared_grads_on(const GpuStep& step);
@@ -190,6 +197,8 @@ class Stepper {
   DictSnapshot state_;
   std::vector<Slot> slots_;
   bool is_stepping_ = false;
+  // Clears what is of the step under way only, whose beginning it marks.
+  struct Stepping;
   bool is_all_on_gpus_ = false;
 
   // Of the step under way; members so that their memory is kept.

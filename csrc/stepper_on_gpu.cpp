@@ -68,7 +68,7 @@ void Stepper::track(OnGpu& on_gpu, size_t index, Role role, PyObject* state_of_p
   tracked.set(role, *stored);
 }
 
-bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
+bool Stepper::gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances) {
   OnGpu& on_gpu = *group.on_gpu;
   const bool capturing = is_capturing();
   GpuStep& step = step_of_gpu(on_gpu.memory.device().index());
@@ -92,7 +92,7 @@ bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
                          .reset_momentum = group.reset_momentum,
                          .rounds_param = group.update.rounds_param,
                          .rounds_momentum = group.update.rounds_momentum,
-                         .advances = false});
+                         .advances = advances});
 
   const struct Guard {
     explicit Guard(Stepper& stepper) : stepper(stepper) {}
@@ -107,15 +107,14 @@ bool Stepper::gather_on_gpu(Group& group, size_t slot, PyObject* state) {
   device_ = on_gpu.memory.device();
   gathered_ = &step.tensors;
 
-  for (size_t i = 0; i < on_gpu.params.size(); ++i, ++slot) {
-    PyObject* param = on_gpu.params[i].param.ptr();
-    if (slot >= slots_.size() || slots_[slot].param != param) find_slots(state);
-    if (group.update.has_momentum()) track(on_gpu, i, kMomentumBuffer, slots_[slot].state);
-    if (group.averaging != Averaging::kNone) track(on_gpu, i, kEma, slots_[slot].state);
-    if (group.master_weights) track(on_gpu, i, kMasterParam, slots_[slot].state);
+  for (size_t i = first; i < last; ++i) {
+    Slot& slot = slots[i - first];
+    if (group.update.has_momentum()) track(on_gpu, i, kMomentumBuffer, slot.state);
+    if (group.averaging != Averaging::kNone) track(on_gpu, i, kEma, slot.state);
+    if (group.master_weights) track(on_gpu, i, kMasterParam, slot.state);
     const size_t gathered = entry_tensors_.size();
     const size_t created = new_state_.size();
-    if (!gather_param(group, index, slots_[slot])) return false;
+    if (!gather_param(group, index, slot)) return false;
     if (entry_tensors_.size() == gathered) continue;
     for (const at::TensorImpl* tensor : entry_tensors_.back()) {
       if (tensor != nullptr && tensor->device() != device_) return false;
@@ -138,7 +137,8 @@ Stepper::GpuStep& Stepper::step_of_gpu(c10::DeviceIndex gpu) {
   return gpu_steps_.emplace_back(GpuStep{gpu, {}, {}, {}});
 }
 
-void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_inf) {
+void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_inf,
+                          bool advances) {
   const bool capturing = is_capturing();
   for (const GpuStep& step : gpu_steps_) {
     const c10::Device device(at::kCUDA, step.gpu);
@@ -146,7 +146,7 @@ void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_
     const at::Tensor scale = float_on(grad_scale, device);
     const at::Tensor inf = float_on(found_inf, device);
     at::Tensor sum_of_squares, norm;
-    if (needs_norm()) {
+    if (advances && needs_norm()) {
       sum_of_squares = sum_of_squared_grads_on(step);
       norm = at::empty({}, sum_of_squares.options());
       grad_norm_ = py::reinterpret_steal<py::object>(THPVariable_Wrap(norm));
@@ -165,7 +165,7 @@ void Stepper::run_on_gpus(const py::object& grad_scale, const py::object& found_
          .skip_nonfinite = skip_nonfinite_});
   }
   // The kernel has written the new LR, unless the step was skipped or is yet to be replayed.
-  if (capturing || !found_inf.is_none() || skip_nonfinite_) return;
+  if (capturing || !advances || !found_inf.is_none() || skip_nonfinite_) return;
   for (Group& group : groups_) {
     if (group.on_gpu != nullptr) group.on_gpu->lr_source = LrSource::kState;
   }

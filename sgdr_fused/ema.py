@@ -16,7 +16,7 @@ __all__ = ["averages_by_name", "swapped_in"]
 def swapped_in(
     param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> Iterator[None]:
-    """Puts the averages in the parameters' place; see :meth:`FusedSGDR.swap_ema`."""
+    """Puts the averages in the parameters' place; see :meth:`~sgdr_fused.FusedSGDR.swap_ema`."""
     own = {}
     try:
         with torch.no_grad():
@@ -35,7 +35,7 @@ def swapped_in(
 def averages_by_name(
     param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """See :meth:`FusedSGDR.ema_state_dict`."""
+    """See :meth:`~sgdr_fused.FusedSGDR.ema_state_dict`."""
     averages = {}
     for i, group in enumerate(param_groups):
         if "param_names" not in group:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_h
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from sgdr_fused import ema, interop, native
+from sgdr_fused.compiled import TracedStepper, is_traceable, step_groups
 from sgdr_fused.device_state import (
     DeviceState,
     host_copy,
@@ -26,7 +27,9 @@ from sgdr_fused.device_state import (
 )
 from sgdr_fused.grad_norm import shard_axes, sum_over_shards
 from sgdr_fused.groups import check_group, drop_momentum, move_group, position_of
+from sgdr_fused.in_backward import StepInBackward, refuse_clipping
 from sgdr_fused.reference import Clipping, ReferenceStepper
+from sgdr_fused.restart_hook import RestartHook
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts, Position, is_finite
 from sgdr_fused.tensors import (
     check_tensors,
@@ -124,7 +127,9 @@ class FusedSGDR(Optimizer):
     _step_supports_amp_scaling = True
 
     _clipping = Clipping()
+    _in_backward: StepInBackward | None = None
     _is_swapped = False
+    _restart_hooks: tuple[RestartHook, ...] = ()
     # Of the load_state_dict() under way.
     _saved_state: Mapping[Tensor, Any] = MappingProxyType({})
 
@@ -212,6 +217,8 @@ class FusedSGDR(Optimizer):
 
         After an error parameters, momentum and schedule are as they were.
         """
+        if torch.compiler.is_compiling():
+            return self._step_in_graph(closure)
         # Spelled out here, for the calls that a function of its own would cost.
         if (
             self._optimizer_step_pre_hooks
@@ -240,8 +247,74 @@ class FusedSGDR(Optimizer):
             self._fall_back()
         return loss
 
+    def _step_in_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """The step as torch.compile traces it: one op for each group, or a break."""
+        if closure is None and not (
+            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        ):
+            tensors: tuple[list[Tensor], ...] = ([], [], [], [])
+            if self._init_group(*tensors):
+                amp = self.__dict__
+                step_groups(self.param_groups, tensors, amp.get("grad_scale"), amp.get("found_inf"))
+                return None
+        return self._step_out_of_graph(closure)
+
+    def _init_group(self, *tensors: list[Tensor]) -> bool:
+        """Puts the tensors of the next step into the lists; False where it cannot be traced.
+
+        torch.compile runs a method of this name instead of tracing it, and takes what is in the
+        lists afterwards for inputs of the graph.
+        """
+        if self.backend == "reference" or self._clipping.needs_norm or self._is_swapped:
+            return False
+        if not is_traceable(self.param_groups):
+            return False
+        if not isinstance(self._stepper, TracedStepper):
+            self._stepper = TracedStepper()
+        for own, found in zip(
+            tensors, self._stepper.collect(self.param_groups, self.state), strict=True
+        ):
+            own.extend(found)
+        return True
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step_out_of_graph(self, closure: Callable[[], Any] | None) -> Any:
+        return self.step(closure)
+
     # torch's own wrapper: the profiler range and the hooks.
     _observed_step = Optimizer.profile_hook_step(_step)
+
+    def step_in_backward(self) -> StepInBackward:
+        """Update each parameter within ``backward()``, as soon as its gradient is there, and free
+        the gradient.
+
+        So the gradients of a model are never there all at once. Call :meth:`step` once an
+        iteration as before: it moves the schedule one step on, and updates what ``backward()`` did
+        not reach. Each ``backward()`` updates, so gradients cannot be accumulated over several,
+        and a GradScaler, which has to see all of them first, cannot be used.
+
+        Returns:
+            A handle, whose ``remove()`` makes :meth:`step` update all parameters again.
+
+        Raises:
+            ValueError: ``max_grad_norm`` or ``skip_nonfinite`` is set, which need all gradients
+                before the first update.
+            RuntimeError: It has been called already.
+
+        Example:
+            >>> optimizer.step_in_backward()
+            >>> for input, target in batches:
+            >>>     loss_fn(model(input), target).backward()
+            >>>     optimizer.step()  # no zero_grad()
+        """
+        if self._in_backward is not None:
+            raise RuntimeError("step_in_backward() was called already; remove() its handle first")
+        self._in_backward = StepInBackward(self)
+        return self._in_backward
+
+    def _step_param(self, index: int) -> None:
+        while not self._stepper.step_param(self.param_groups, self.state, index):
+            self._fall_back()
 
     def _patch_step_function(self) -> None:
         # torch would wrap step() of this class or a subclass in a profiler range that costs more
@@ -250,7 +323,11 @@ class FusedSGDR(Optimizer):
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
     def _fall_back(self) -> None:
-        """Takes the reference path from here on."""
+        """Takes the reference path from here on, or leaves the path of torch.compile."""
+        if isinstance(self._stepper, TracedStepper):
+            to_host(self.param_groups, self.state)
+            self._stepper = self._new_stepper()
+            return
         check_tensors(self.param_groups, self.state)
         reason = (
             "the native step does not take a device, dtype or tensor subclass in use: "
@@ -283,7 +360,8 @@ class FusedSGDR(Optimizer):
                 "FusedSGDR computes its own learning rate, so a torch LR scheduler "
                 "would fight with it; "
                 "remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, "
-                "... to FusedSGDR instead"
+                "... to FusedSGDR instead; "
+                "a trainer that insists on one takes sgdr_fused.trainers.as_scheduler(optimizer)"
             )
         super().__setattr__(name, value)
 
@@ -292,12 +370,12 @@ class FusedSGDR(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """Norm that the gradients are scaled down to; None: they are not. May be set."""
+        """Norm that the gradients are scaled down to, or None. May be set."""
         return self._clipping.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._clipping = _checked_clipping(max_grad_norm, self._clipping.skip_nonfinite)
+        self._clipping = self._allowed(max_grad_norm, self._clipping.skip_nonfinite)
         self._stepper.set_clipping(*self._clipping)
 
     @property
@@ -307,14 +385,21 @@ class FusedSGDR(Optimizer):
 
     @skip_nonfinite.setter
     def skip_nonfinite(self, skip_nonfinite: bool) -> None:
-        self._clipping = _checked_clipping(self._clipping.max_grad_norm, skip_nonfinite)
+        self._clipping = self._allowed(self._clipping.max_grad_norm, skip_nonfinite)
         self._stepper.set_clipping(*self._clipping)
+
+    def _allowed(self, max_grad_norm: float | None, skip_nonfinite: bool) -> Clipping:
+        clipping = _checked_clipping(max_grad_norm, skip_nonfinite)
+        if self._in_backward is not None:
+            refuse_clipping(clipping)
+        return clipping
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients at the last step, before clipping: float64, of shape (), on the
-        parameters' device. None before the first step, and where neither ``max_grad_norm`` nor
-        ``skip_nonfinite`` asks for it.
+        """Norm of all gradients at the last step, before clipping.
+
+        Of dtype float64 and shape (), on the parameters' device. None before the first step, and
+        where neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it.
         """
         norm = self._stepper.grad_norm
         return torch.tensor(norm, dtype=torch.float64) if isinstance(norm, float) else norm
@@ -398,6 +483,33 @@ class FusedSGDR(Optimizer):
             else:
                 device_state.is_empty["momentum_buffer"].fill_(1)
         self._sync()
+        for hook in self._restart_hooks:
+            hook.after_restart(groups)
+
+    def register_restart_hook(
+        self, hook: Callable[[FusedSGDR], object], group: int = 0
+    ) -> RestartHook:
+        """Call a function where a cycle ends: after its last step, the last cycle's too, and at
+        each :meth:`restart`.
+
+        A step that is skipped does not call it again, nor do :meth:`seek` and
+        :meth:`load_state_dict`. On a GPU the host waits for each step, to know whether it has ended
+        a cycle; the replays of a CUDA graph call no hook.
+
+        Args:
+            hook: What to call, with the optimizer, in which the next cycle has begun.
+            group: Index of the param group whose cycles they are.
+
+        Returns:
+            A handle, whose ``remove()`` ends it. Pickle and deepcopy leave hooks out, as in torch.
+
+        Raises:
+            IndexError: There is no such group.
+
+        Example:
+            >>> optimizer.register_restart_hook(lambda o: print(f"cycle {o.cycle - 1} has ended"))
+        """
+        return RestartHook(self, hook, group)
 
     def seek(self, step: int) -> None:
         """Jump every group's schedule to a step, as if that many had been applied; momentum stays

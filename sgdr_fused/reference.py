@@ -115,6 +115,32 @@ class ReferenceStepper:
         self._groups_before = [dict(group) for group in param_groups]
         return True
 
+    def step_param(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        index: int,
+    ) -> bool:
+        """The update of one parameter; the schedule stays.
+
+        Args:
+            param_groups: The optimizer's.
+            state: The optimizer's.
+            index: The parameter's place among those of all groups.
+
+        Returns:
+            True, as for :meth:`step`.
+
+        Raises:
+            ValueError: As for :meth:`step`.
+            RuntimeError: As for :meth:`step`.
+        """
+        self.sync(param_groups, state)
+        check_tensors(param_groups, state)
+        with torch.no_grad():
+            _update_params(param_groups, state, only=index)
+        return True
+
 
 @torch.no_grad()
 def reference_step(
@@ -141,11 +167,10 @@ def reference_step(
     to their own dtype once, at the end.
 
     Args:
-        param_groups: Param groups of a :class:`FusedSGDR`; their schedule entries are brought one
-            step forward.
-        state: Momentum buffers, ``state[param]["momentum_buffer"]``, averages (``"ema"``) and
-            master copies (``"master_param"``), of the parameter's shape; made at a parameter's
-            first step.
+        param_groups: Param groups of a :class:`~sgdr_fused.FusedSGDR`; their schedule entries are
+            brought one step forward.
+        state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape;
+            made at a parameter's first step.
         grad_scale: What the gradients were multiplied by. They are not written back.
         clipping: Options of the whole optimizer.
 
@@ -166,20 +191,30 @@ def reference_step(
         if clipping.max_grad_norm is not None:
             coefficient = clip_coefficient(norm, clipping.max_grad_norm)
 
+    _update_params(param_groups, state, grad_scale, coefficient)
+    for group in param_groups:
+        _advance_group(group, state)
+    return norm
+
+
+def _update_params(
+    param_groups: Sequence[MutableMapping[str, Any]],
+    state: MutableMapping[Tensor, Any],
+    grad_scale: float = 1.0,
+    coefficient: float = 1.0,
+    only: int | None = None,
+) -> None:
     param_index = -1
     for group in param_groups:
         for param in group["params"]:
             param_index += 1
-            if param.grad is None:
+            if param.grad is None or only not in (None, param_index):
                 continue
             key = RandomKey(group["seed"], group["step"], param_index)
             multiplier = -coefficient if group["maximize"] else coefficient
             new = _update(group, param, state.get(param, {}), grad_scale, multiplier, key)
             if new:
                 state[param].update(new)
-    for group in param_groups:
-        _advance_group(group, state)
-    return norm
 
 
 def _norm_of_grads(param_groups: Sequence[MutableMapping[str, Any]], grad_scale: float) -> float:

@@ -77,8 +77,8 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
     exact = value.to(torch.float32).contiguous().view(torch.int32).to(torch.int64) & _WORD
     magnitude = exact & 0x7FFFFFFF
     if dtype == torch.bfloat16:
-        rounded = torch.where(magnitude < 0x7F800000, exact + bits, exact)
-        rounded = torch.where(magnitude > 0x7F800000, exact | 0x00400000, rounded) >> 16
+        is_nan = magnitude > 0x7F800000
+        rounded = torch.where(is_nan, exact | 0x00400000, exact + bits) >> 16
     else:
         cut_off = bits >> 3
         # In units of 2^-24, the smallest float16 above 0, with 13 bits after the point.

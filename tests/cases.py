@@ -4,8 +4,8 @@ import torch
 
 BACKENDS = ("native", "reference")
 
-# Around every width of a vector (4 .. 64 elements), and of a block of half-precision work (512).
-SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1003)
+# Around every width of a vector (4 .. 64 elements), and of a block of half-precision work (1024).
+SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1003, 1023, 1024, 1025)
 
 # Around a thread's chunk of 1 << 14 elements.
 CHUNK_SIZES = (16383, 16384, 16385, 40001)

@@ -126,12 +126,17 @@ def assert_equal(cpu: FusedSGDR, gpu: FusedSGDR, where: object = "") -> None:
         assert group == expected, (where, i)
     for i, (param, expected) in enumerate(zip(params_of(gpu), params_of(cpu), strict=True)):
         assert_same_values(param, expected, f"{where} param {i}")
-        of_param, of_expected = (
-            side["state"].get(i, {}).get("momentum_buffer") for side in (ours, theirs)
-        )
-        assert (of_param is None) == (of_expected is None), f"{where} momentum {i}"
-        if of_param is not None:
-            assert_same_values(of_param, of_expected, f"{where} momentum {i}")
+        of_param, of_expected = (side["state"].get(i, {}) for side in (ours, theirs))
+        assert of_param.keys() == of_expected.keys(), f"{where} state {i}"
+        for name, value in of_param.items():
+            if isinstance(value, Tensor):
+                assert_same_values(value, of_expected[name], f"{where} {name} {i}")
+            else:
+                assert value == of_expected[name], f"{where} {name} {i}"
+    if cpu.grad_norm is not None:
+        assert gpu.grad_norm is not None, where
+        norms = (optimizer.grad_norm.cpu().nan_to_num(-1.0) for optimizer in (gpu, cpu))
+        assert_same_values(*norms, f"{where} grad_norm")
 
 
 def assert_same_values(found: Tensor, expected: Tensor, where: str) -> None:
@@ -321,6 +326,25 @@ def graph_and_the_host_in_turn() -> None:
         optimizer.seek(20)
     assert gpu.get_last_lr() == cpu.get_last_lr()
     _replay(cpu, gpu, graph, range(6, 9))
+
+
+@scenario
+def hook_at_the_restarts() -> None:
+    """Called after the same steps as on the CPU, and not again for a step that is skipped."""
+    cpu, gpu = both()
+    seen: tuple[list[int], ...] = ([], [])
+    for optimizer, steps in zip((cpu, gpu), seen, strict=True):
+        optimizer.register_restart_hook(lambda o, steps=steps: steps.append(o.cycle))
+    for i in range(11):
+        give_gradients(i, cpu, gpu)
+        for optimizer in (cpu, gpu):
+            device = optimizer.param_groups[0]["params"][0].device
+            optimizer.found_inf = torch.full((), float(i == 3), device=device)
+            optimizer.step()  # which waits for the GPU, because of the hook
+    for optimizer in (cpu, gpu):
+        optimizer.restart()
+    assert seen == ([1, 2, 3], [1, 2, 3])
+    assert_equal(cpu, gpu)
 
 
 @scenario
@@ -556,6 +580,128 @@ def hosts_and_gpus_together() -> None:
         for optimizer, device in ((cpu, "cpu"), (mixed, "cuda")):
             optimizer.found_inf = torch.full((), float(overflows), device=device)
         run_both(cpu, mixed, range(i, i + 1))
+
+
+def both_with_all_options(**options) -> tuple[FusedSGDR, FusedSGDR]:
+    """Groups that between them have every option there is besides the step itself."""
+    groups = [
+        (torch.float32, {"ema_decay": 0.9, "momentum_dtype": torch.bfloat16, "seed": 3}),
+        (torch.bfloat16, {"ema_decay": "swa", "stochastic_rounding": True, "T_0": 2}),
+        (torch.float16, {"master_weights": True, "reset_momentum": True, "T_mult": 1}),
+        (torch.float32, {"maximize": True, "momentum_dtype": torch.float16, "ema_decay": "swa"}),
+        (torch.float64, {"ema_decay": 0.5}),
+        (torch.float16, {"momentum": 0.0, "nesterov": False, "stochastic_rounding": True}),
+    ]
+    sides = []
+    for place in ("cpu", "cuda"):
+        param_groups = [
+            {"params": on_gpu(make_params(SIZES, dtype, seed), place), **of_group}
+            for seed, (dtype, of_group) in enumerate(groups)
+        ]
+        sides.append(FusedSGDR(param_groups, **OPTIONS | SCHEDULE | options, backend="native"))
+    return sides[0], sides[1]
+
+
+@scenario
+def one_pass() -> None:
+    cpu, gpu = both_with_all_options(max_grad_norm=2.0)
+    run_both(cpu, gpu, range(8))
+    run_both(cpu, gpu, range(8, 10), but=(0, 9))
+    for optimizer in (cpu, gpu):
+        optimizer.max_grad_norm, optimizer.skip_nonfinite = None, True
+    for attempt in range(10, 14):
+        give_gradients(attempt, cpu, gpu)
+        if attempt % 2 == 0:
+            for optimizer in (cpu, gpu):
+                params_of(optimizer)[5].grad[4096] = math.inf
+        step(cpu, gpu)
+        assert_equal(cpu, gpu, attempt)
+    assert gpu.skipped_steps == 2
+
+
+@scenario
+def clipping_with_a_scaler() -> None:
+    cpu, gpu = both_with_all_options(max_grad_norm=0.5)
+    for attempt in range(6):
+        for optimizer, device in ((cpu, "cpu"), (gpu, "cuda")):
+            optimizer.grad_scale = torch.tensor(64.0, device=device)
+            optimizer.found_inf = torch.tensor(float(attempt in (0, 3)), device=device)
+        give_gradients(attempt, cpu, gpu)
+        step(cpu, gpu)
+        if attempt not in (0, 3):  # the CPU, which knows of the overflow, reads no gradients then
+            assert_equal(cpu, gpu, attempt)
+    assert gpu.skipped_steps == cpu.skipped_steps == 2
+
+
+@scenario
+def one_pass_travels() -> None:
+    cpu, gpu = both_with_all_options(max_grad_norm=2.0)
+    run_both(cpu, gpu, range(5))
+    to_cpu, to_gpu = both_with_all_options(max_grad_norm=2.0)
+    for target, source in ((to_cpu, gpu), (to_gpu, cpu)):
+        with torch.no_grad():
+            for param, value in zip(params_of(target), params_of(source), strict=True):
+                param.copy_(value)
+        target.load_state_dict(source.state_dict())
+    run_both(to_cpu, to_gpu, range(5, 12))
+    run_both(cpu, gpu, range(5, 12))
+    for i, (param, expected) in enumerate(zip(params_of(to_gpu), params_of(cpu), strict=True)):
+        assert_same_values(param, expected, f"param {i}")
+
+
+@scenario
+def averages_are_swapped_in() -> None:
+    cpu, gpu = both(ema_decay=0.9)
+    run_both(cpu, gpu, range(4))
+    with cpu.swap_ema(), gpu.swap_ema():
+        for i, (param, expected) in enumerate(zip(params_of(gpu), params_of(cpu), strict=True)):
+            assert_same_values(param, expected, f"average {i}")
+    assert_equal(cpu, gpu, "after the block")
+
+
+@scenario
+def graph_of_one_pass() -> None:
+    cpu, gpu = both_with_all_options(max_grad_norm=2.0, skip_nonfinite=True)
+    give_gradients(0, cpu, gpu)
+    graph = captured(gpu)
+    for attempt in range(20):
+        give_gradients(attempt, cpu, gpu)
+        if attempt in (0, 7, 8):
+            for optimizer in (cpu, gpu):
+                params_of(optimizer)[3].grad[-1] = math.nan
+        cpu.step()
+        graph.replay()
+        assert_equal(cpu, gpu, attempt)
+    assert gpu.skipped_steps == 3
+
+
+@scenario
+def one_parameter_at_a_time() -> None:
+    cpu, gpu = both_with_all_options()
+    for attempt in range(7):
+        give_gradients(attempt, cpu, gpu)
+        for optimizer in (cpu, gpu):
+            for i, param in enumerate(params_of(optimizer)):
+                if i % 3 != 2:
+                    optimizer._step_param(i)
+                    param.grad = None
+        step(cpu, gpu)
+        assert_equal(cpu, gpu, attempt)
+
+
+@scenario
+def norms_over_several_devices_are_refused() -> None:
+    cpu, gpu = both()
+    mixed = FusedSGDR(
+        [{"params": params_of(cpu)}, {"params": params_of(gpu)}],
+        **OPTIONS,
+        **SCHEDULE,
+        max_grad_norm=1.0,
+        backend="native",
+    )
+    give_gradients(0, mixed)
+    with pytest.raises(ValueError, match="on several devices"):
+        mixed.step()
 
 
 def two_devices() -> None:

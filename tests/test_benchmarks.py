@@ -72,6 +72,21 @@ def test_step_compares_the_pair_in_all_forms(tmp_path):
     assert results["cases"][-1]["memory_floors"]
 
 
+def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
+    results = run_quickly("one_pass", tmp_path)
+    assert [len(case["candidates"]) for case in results["cases"]] == [3, 3, 4, 3, 3]
+    for case in results["cases"]:
+        for candidate in case["candidates"]:
+            assert_is_a_timing(candidate)
+        assert case["best_pair"] in [candidate["name"] for candidate in case["candidates"]]
+
+
+def test_backward_memory_measures_both_ways(tmp_path):
+    step, in_backward = run_quickly("backward_memory", tmp_path)["ways"]
+    assert step["grad_bytes"] == in_backward["grad_bytes"] == 4 * 24 * 128 * 128
+    assert all(row["rise_bytes"] >= 0 for row in (step, in_backward))
+
+
 def test_small_tensors_fits_a_line_for_each_number_of_threads(tmp_path):
     results = run_quickly("small_tensors", tmp_path)
     assert {series["threads"] for series in results["series"]} == {1, torch.get_num_threads()}

@@ -18,8 +18,8 @@ from sgdr_fused import FusedSGDR
 from sgdr_fused.rounding import RandomKey, Rounded, random_bits, round_stochastically
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "T_0": 5}
-# Around a draw of 64 elements, a block of 512 and a thread's chunk.
-SIZES = (1, 7, 8, 9, 63, 64, 65, 511, 512, 513, 1003, 16385)
+# Around a draw of 64 elements, a block of 1024 and a thread's chunk.
+SIZES = (1, 7, 8, 9, 63, 64, 65, 1003, 1023, 1024, 1025, 16385)
 
 
 def both(params, **options):

@@ -4,11 +4,8 @@ Where the torch at hand still has the bug, the test shows it as well.
 """
 
 import math
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from pair import (
     same_bits,
     snapshot,
 )
+from ranks import run_ranks
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from sgdr_fused import CosineWarmRestarts, FusedSGDR
@@ -197,7 +195,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from pair import Pair, give_gradients, make_params, same_bits
 from sgdr_fused import FusedSGDR
 
-backend, rank, store = sys.argv[1], int(sys.argv[2]), dist.FileStore(sys.argv[3], 2)
+backend, rank, store = sys.argv[2], int(sys.argv[1]), dist.FileStore(sys.argv[3], 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 (plain,) = make_params([(5, 6)])  # 3 rows for the one, 2 for the other
@@ -220,23 +218,7 @@ os._exit(0)  # past gloo's own clean-up, which now and then aborts the process
 def test_two_processes_each_update_their_shard(backend, tmp_path):
     """As above, where a shard is not the whole; its gradient comes in any placements."""
     pytest.importorskip("torch.distributed.tensor")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, backend, str(rank), str(tmp_path / "store")],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_ranks(TWO_RANKS, backend, str(tmp_path / "store"))
 
 
 def test_schedule_does_not_advance_on_a_skipped_step(backend):

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t kChunkNumel = 1 << 14;
 constexpr size_t kAhead = 3;
-constexpr int64_t kBlockNumel = 512;  // four blocks of doubles stay in the first-level cache
-static_assert(kChunkNumel % kBlockNumel == 0 && kBlockNumel % kDrawNumel == 0);
+constexpr int64_t kBlockNumel = 1024;  // three blocks of doubles stay in the first-level cache
+static_assert(kChunkNumel % kBlockNumel == 0 && kBlockNumel % kDrawsNumel == 0);
 
 template <class T>
 constexpr ElementType kElementType =
@@ -28,19 +28,25 @@ struct GroupLoops {
   UpdateScalars<T> scalars;
   UpdateScalars<T> first_scalars;  // see Note [Fewer loops]
   UpdateLoop<T> update;
+  UpdateRoundingLoop update_rounding;  // of momentum in bfloat16
 
   template <class InstructionSet>
   GroupLoops(const GroupStep& group, InstructionSet)
       : group(&group),
         scalars(group.scalars),
         first_scalars(group.scalars),
-        update(find_update_loop<InstructionSet, T>(group)) {
+        update(find_update_loop<InstructionSet, T>(group)),
+        update_rounding(find_update_rounding_loop<InstructionSet>(group)) {
     first_scalars.one_minus_dampening = 1;
   }
 };
 
 bool is_rounded(bool stochastically, ElementType type) {
   return stochastically && element_size(type) == 2;
+}
+
+RandomKey random_key(const GroupStep& group, const TensorEntry& entry) {
+  return {group.seed, static_cast<uint32_t>(group.step), entry.param_index};
 }
 
 // A stretch of a tensor in the type of the arithmetic: the tensor's own memory where it has that
@@ -89,7 +95,7 @@ void update_by_blocks(const TensorEntry& entry, int64_t begin, int64_t end,
   const bool rounds_param = is_rounded(group.rounds_param, entry.param_type);
   const bool rounds_momentum =
       is_rounded(group.rounds_momentum, entry.momentum_type) && entry.momentum_buffer != nullptr;
-  const RandomKey key{group.seed, static_cast<uint32_t>(group.step), entry.param_index};
+  const RandomKey key = random_key(group, entry);
   Operand<InstructionSet, T> param(entry.param, entry.param_type);
   Operand<InstructionSet, T> grad(entry.grad, entry.grad_type);
   Operand<InstructionSet, T> momentum_buffer(entry.momentum_buffer, entry.momentum_type);
@@ -131,10 +137,19 @@ template <class InstructionSet, class T>
 void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
                   const GroupLoops<T>& loops) {
   constexpr ElementType kDirect = kElementType<T>;
-  const bool is_direct =
-      entry.param_type == kDirect && entry.grad_type == kDirect && entry.momentum_type == kDirect;
-  if (!is_direct || entry.first_step || entry.ema != nullptr ||
-      entry.low_precision_param != nullptr) {
+  const bool is_plain = entry.param_type == kDirect && entry.grad_type == kDirect &&
+                        !entry.first_step && entry.ema == nullptr &&
+                        entry.low_precision_param == nullptr;
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_plain && entry.momentum_type == ElementType::kBFloat16 && loops.group->rounds_momentum) {
+      loops.update_rounding(static_cast<float*>(entry.param) + begin,
+                            static_cast<const float*>(entry.grad) + begin,
+                            static_cast<uint16_t*>(entry.momentum_buffer) + begin, end - begin,
+                            loops.scalars, random_key(*loops.group, entry), begin);
+      return;
+    }
+  }
+  if (!is_plain || entry.momentum_type != kDirect) {
     update_by_blocks<InstructionSet>(entry, begin, end, loops);
     return;
   }
@@ -150,8 +165,9 @@ SGDR_HD void prefetch(const TensorEntry& entry) {
   for (int64_t byte = 0; byte < 256; byte += 64) {
     __builtin_prefetch(static_cast<const char*>(entry.param) + byte, 1);
     __builtin_prefetch(static_cast<const char*>(entry.grad) + byte);
-    __builtin_prefetch(static_cast<const char*>(entry.momentum_buffer) + byte, 1);
-    __builtin_prefetch(static_cast<const char*>(entry.ema) + byte, 1);
+    if (entry.momentum_buffer != nullptr)
+      __builtin_prefetch(static_cast<const char*>(entry.momentum_buffer) + byte, 1);
+    if (entry.ema != nullptr) __builtin_prefetch(static_cast<const char*>(entry.ema) + byte, 1);
   }
 }
 

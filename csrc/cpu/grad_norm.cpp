@@ -10,6 +10,8 @@ namespace sgdr {
 namespace cpu {
 namespace {
 
+constexpr size_t kAhead = 3;
+
 // Adds up what comes one by one as the lanes of one long chunk.
 class LaneSum {
  public:
@@ -33,7 +35,12 @@ double sum_of_squared_grads(const FusedStep& step) {
   };
   LaneSum sum;
   if (!is_worth_threads(step) || at::get_num_threads() == 1) {
-    for (const TensorEntry& entry : step.tensors) {
+    for (size_t i = 0; i < step.tensors.size(); ++i) {
+      const TensorEntry& entry = step.tensors[i];
+      if (i + kAhead < step.tensors.size()) {
+        const auto* const soon = static_cast<const char*>(step.tensors[i + kAhead].grad);
+        for (int64_t byte = 0; byte < 256; byte += 64) __builtin_prefetch(soon + byte);
+      }
       for (int64_t begin = 0; begin < entry.numel; begin += kNormChunk)
         sum.add(sum_of_chunk(entry, begin, std::min(begin + kNormChunk, entry.numel)));
     }

@@ -1,7 +1,6 @@
-#include "fused_step.cuh"
-
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 
+#include "fused_step.cuh"
 #include "gpu.h"
 #include "launcher.h"
 

@@ -85,12 +85,9 @@ __device__ __forceinline__ Chunk<types> chunk_of(const LaunchTensor& tensor,
 }
 
 template <class T, ElementTypes types>
-__device__ __forceinline__ ChunkWithExtras<types, T> with_extras(const Chunk<types>& plain,
-                                                                 const LaunchTensor& tensor,
-                                                                 const LaunchExtras& extras,
-                                                                 const LaunchGroup& group,
-                                                                 uint32_t begin,
-                                                                 const ChunkDraws& draws) {
+__device__ __forceinline__ ChunkWithExtras<types, T> with_extras(
+    const Chunk<types>& plain, const LaunchTensor& tensor, const LaunchExtras& extras,
+    const LaunchGroup& group, uint32_t begin, const ChunkDraws& draws) {
   const ParamState& state = group.params[tensor.param_index];
   ChunkWithExtras<types, T> chunk{plain};
   if (extras.ema != nullptr && averages(group)) {
@@ -143,8 +140,9 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
       draws.fill(key, (int64_t{tensor.piece} * kMaxPieceNumel + begin) / kDrawNumel);
       __syncthreads();
     }
-    const auto update = [&]<ElementTypes types, class T>(std::integral_constant<ElementTypes, types>,
-                                                         const UpdateScalars<T>& of_group) {
+    const auto update = [&]<ElementTypes types, class T>(
+                            std::integral_constant<ElementTypes, types>,
+                            const UpdateScalars<T>& of_group) {
       const Chunk<types> chunk = chunk_of<types>(tensor, group, begin);
       if constexpr (kHasExtras)
         update_chunk(group, with_extras<T>(chunk, tensor, args.extras(place), group, begin, draws),
@@ -180,9 +178,9 @@ __device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
   ParamState& state = group.params[tensor.param_index];
   if (group.has_momentum()) state.momentum_is_empty = 0;
   if constexpr (kHasExtras) {
-    const LaunchExtras& extras = args.extras(i);
-    if (extras.low_precision_param != nullptr) state.master_is_empty = 0;
-    if (extras.ema == nullptr || !averages(group)) return;
+    // By type and group: a tensor without elements has no addresses.
+    if (tensor.low_precision_type != ElementType::kNone) state.master_is_empty = 0;
+    if (!averages(group)) return;
     if (group.averaging == Averaging::kEqual)
       state.n_averaged = state.ema_is_empty ? 1 : state.n_averaged + 1;
     state.ema_is_empty = 0;

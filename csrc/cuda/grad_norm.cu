@@ -1,6 +1,5 @@
-#include "grad_norm.cuh"
-
 #include "gpu.h"
+#include "grad_norm.cuh"
 #include "launcher.h"
 
 namespace sgdr {

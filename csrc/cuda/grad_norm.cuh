@@ -1,5 +1,5 @@
-// The norm's one read of the gradients: see Note [Sum of squares] in sgdr_math.h. Needs only the CUDA
-// language; counterpart of csrc/cpu/grad_norm.cpp.
+// The norm's one read of the gradients: see Note [Sum of squares] in sgdr_math.h. Needs only the
+// CUDA language; counterpart of csrc/cpu/grad_norm.cpp.
 #pragma once
 
 #include "../sgdr_math.h"
@@ -58,8 +58,8 @@ __device__ __forceinline__ double sum_of_chunk(const NormTensor& tensor, uint32_
   constexpr uint32_t kChunk = static_cast<uint32_t>(kNormChunk);
   const uint32_t begin = (chunk - tensor.first_chunk) * kChunk;
   const ElementType type = tensor.type;
-  char* const grad = static_cast<char*>(const_cast<void*>(tensor.grad)) +
-                     size_t{begin} * element_size(type);
+  char* const grad =
+      static_cast<char*>(const_cast<void*>(tensor.grad)) + size_t{begin} * element_size(type);
   double lanes[kLanesPerThread] = {};
   using enum ElementType;
   static_switch<kFloat, kDouble, kHalf, kBFloat16>(type, [&](auto known_type) {

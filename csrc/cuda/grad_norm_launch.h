@@ -1,5 +1,5 @@
-// What a launch of the norm's kernel takes along to the GPU, and how the gradients are divided among
-// launches. Plain host code, no CUDA types; see launch.h for the step's.
+// What a launch of the norm's kernel takes along to the GPU, and how the gradients are divided
+// among launches. Plain host code, no CUDA types; see launch.h for the step's.
 #pragma once
 
 #include <algorithm>

@@ -13,8 +13,8 @@
 
 namespace sgdr {
 
-// Four blocks fill the smallest multiprocessor (compute capability 7.5) and leave 64 registers for a
-// thread on every larger one; with extras a thread needs more of them.
+// Four blocks fill the smallest multiprocessor (compute capability 7.5) and leave 64 registers for
+// a thread on every larger one; with extras a thread needs more of them.
 constexpr uint32_t kThreadsPerBlock = 256;
 constexpr uint32_t blocks_per_multiprocessor(bool has_extras = false) { return has_extras ? 2 : 4; }
 // A multiple of the widest vector, so that a chunk is aligned where its tensor is, and of a draw.
@@ -65,7 +65,7 @@ struct LaunchGroup {
   bool reset_momentum : 1;
   bool rounds_param : 1;     // stochastically, where the type is narrower than the arithmetic's
   bool rounds_momentum : 1;  // likewise
-  bool advances;  // set by for_each_launch(): this is the launch with the last of its tensors
+  bool advances;  // for_each_launch() leaves it to the launch with the last of its tensors
 
   SGDR_HD bool has_momentum() const { return direction != Direction::kGrad; }
 };
@@ -151,7 +151,7 @@ class LaunchFiller {
   }
 
   // The group's tensors are all there.
-  void complete_group() { last_group_->advances = true; }
+  void complete_group(bool advances) { last_group_->advances = advances; }
 
   // Of the group that was added last: elements [begin, begin + numel).
   void add_piece(const TensorEntry& entry, uint32_t param_index, int64_t begin, int64_t numel) {
@@ -193,11 +193,14 @@ class LaunchFiller {
 // Whether the kernel has more to do in this step than what LaunchTensor is for.
 inline bool needs_extras(std::span<const LaunchGroup> groups,
                          std::span<const TensorEntry> tensors) {
-  const auto rounds = [](const LaunchGroup& g) { return g.rounds_param || g.rounds_momentum; };
-  return std::any_of(groups.begin(), groups.end(), rounds) ||
-         std::any_of(tensors.begin(), tensors.end(), [](const TensorEntry& entry) {
-           return entry.ema != nullptr || entry.low_precision_param != nullptr;
-         });
+  const auto of_group = [](const LaunchGroup& group) {
+    return group.averaging != Averaging::kNone || group.rounds_param || group.rounds_momentum;
+  };
+  const auto of_tensor = [](const TensorEntry& entry) {
+    return entry.low_precision_type != ElementType::kNone;
+  };
+  return std::any_of(groups.begin(), groups.end(), of_group) ||
+         std::any_of(tensors.begin(), tensors.end(), of_tensor);
 }
 
 // Calls launch(args) as often as a step of all groups takes, with `args` filled anew each time. The
@@ -230,7 +233,7 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
         begin += numel;
       } while (begin < entry.numel);
     }
-    filler.complete_group();
+    filler.complete_group(groups[i].advances);
   }
   if (args.group_count != 0) launch(args);
 }
@@ -238,7 +241,8 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
 // No more blocks than run at once: they share the chunks. At least one, which advances the
 // schedule.
 inline uint32_t block_count(const LaunchArgs& args, uint32_t multiprocessors) {
-  return std::clamp(args.chunk_count, 1u, blocks_per_multiprocessor(args.has_extras) * multiprocessors);
+  return std::clamp(args.chunk_count, 1u,
+                    blocks_per_multiprocessor(args.has_extras) * multiprocessors);
 }
 
 }  // namespace sgdr

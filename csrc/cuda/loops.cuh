@@ -54,8 +54,8 @@ struct Chunk {
   }
 };
 
-// Calls f with the UpdateOptions. Where nothing is scaled by one factor, nor is it by two: x / 1 and
-// x * 1 are x.
+// Calls f with the UpdateOptions. Where nothing is scaled by one factor, nor is it by two: x / 1
+// and x * 1 are x.
 template <class T, class F>
 __device__ __forceinline__ void with_options(const LaunchGroup& group,
                                              const UpdateScalars<T>& scalars, F f) {

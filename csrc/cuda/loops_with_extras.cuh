@@ -109,8 +109,7 @@ __device__ __forceinline__ void update_chunk(const LaunchGroup& group,
     });
 
     if (averages) {
-      for (uint32_t i = 0; i < width; ++i)
-        ema[i] = ema_update(ema[i], param[i], chunk.ema_scalars);
+      for (uint32_t i = 0; i < width; ++i) ema[i] = ema_update(ema[i], param[i], chunk.ema_scalars);
       chunk.ema.store(index, ema);
     }
     if (kIsNarrow<types.param> && chunk.rounds_param) {

@@ -168,6 +168,7 @@ void run(Reader& in, std::ostream& out) {
       groups[i].params = params[i].data();
       groups[i].param_count = static_cast<uint32_t>(params[i].size());
       groups[i].first_param = first_param;
+      groups[i].advances = true;
       first_param += groups[i].param_count;
       if (const bool is_set = in.flag(); is_set) states[i].lr = in.get<double>();
     }
@@ -199,8 +200,7 @@ void run(Reader& in, std::ostream& out) {
     LaunchArgs args;
     args.grad_scale = has_grad_scale ? &grad_scale : nullptr;
     args.found_inf = has_found_inf ? &found_inf : nullptr;
-    args.sum_of_squares =
-        needs_norm ? reinterpret_cast<double*>(sum_of_squares.begin()) : nullptr;
+    args.sum_of_squares = needs_norm ? reinterpret_cast<double*>(sum_of_squares.begin()) : nullptr;
     args.grad_norm = needs_norm ? reinterpret_cast<double*>(grad_norm.begin()) : nullptr;
     args.max_grad_norm = max_grad_norm;
     args.skip_nonfinite = skip_nonfinite;

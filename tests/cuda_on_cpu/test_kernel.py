@@ -20,6 +20,8 @@ from cases import ANY_OPTIONS
 from fake_cuda import CACHE, FOLDER, REPOSITORY, shim_program
 from kernel_cases import TYPES, Case, params
 
+from sgdr_fused.reference import Clipping
+
 ADDRESS = "address,undefined"
 THREAD = "thread"
 
@@ -82,6 +84,73 @@ def test_memory_that_is_not_aligned(program, tmp_path, dtype) -> None:
         [{"params": params((67,) * len(offsets), dtype)} | NESTEROV], offsets=lambda i: offsets[i]
     )
     case.steps(2)
+    assert case.difference(program, tmp_path) == ""
+
+
+# ------------------------------------------------------------ clipping, averages, low precision
+
+MORE_OPTIONS = {
+    "ema": {"ema_decay": 0.9},
+    "swa": {"ema_decay": "swa", "T_0": 2, "T_mult": 1},
+    "momentum_in_bfloat16": NESTEROV | {"momentum_dtype": torch.bfloat16},
+    "momentum_in_float16": NESTEROV | {"momentum_dtype": torch.float16, "seed": 2**64 - 1},
+    "stochastic_rounding": NESTEROV | {"stochastic_rounding": True, "seed": 7},
+    "without_momentum": {"stochastic_rounding": True},
+    "master_weights": NESTEROV | {"master_weights": True},
+    "all_at_once": NESTEROV
+    | {"ema_decay": 0.5, "master_weights": True, "momentum_dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("options", MORE_OPTIONS.values(), ids=MORE_OPTIONS.keys())
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_averages_and_low_precision_of_every_size(program, tmp_path, options, dtype) -> None:
+    sizes = (0, 1, 7, 8, 9, 63, 64, 65, 1025, 4095, 4096, 4097, 8193)
+    offsets = {2: (2 * dtype.itemsize,) * 3 + (8, 8), 5: (0, 0, 0, 8, 8)}
+    case = Case(
+        [
+            {"params": params(sizes, dtype)} | options,
+            {"params": params((70, 3), dtype, 50), "maximize": True} | options,
+        ],
+        offsets=lambda i: offsets.get(i, (0, 0, 0)),
+        threads=256,
+    )
+    case.steps(1, found_inf=1.0)
+    case.steps(2)
+    case.steps(3, grad_scale=4.0)
+    assert case.difference(program, tmp_path) == ""
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_norm_has_the_references_bits_in_any_grid(
+    program, tmp_path, dtype, multiprocessors
+) -> None:
+    sizes = (0, 1, 3, 4, 5, 127, 128, 129, 4095, 4096, 4097, 40_001)
+    offsets = {i: (0, dtype.itemsize) for i in (4, 7, 10)}
+    case = Case(
+        [{"params": params(sizes, dtype)}],
+        offsets=lambda i: offsets.get(i, (0, 0)),
+        clipping=Clipping(max_grad_norm=1.0),
+        multiprocessors=multiprocessors,
+        threads=256,
+    )
+    case.steps(2)
+    case.step([None] * len(sizes))
+    case.steps(1, grad_scale=16.0)
+    assert case.difference(program, tmp_path) == ""
+    assert case.norm_launches == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_nonfinite_gradients_are_skipped_or_not(program, tmp_path, bad) -> None:
+    case = Case([{"params": params((5, 300)), "momentum": 0.9, "ema_decay": 0.5}])
+    for clipping in (Clipping(skip_nonfinite=True), Clipping(2.0, True), Clipping(2.0)):
+        case.clipping = clipping
+        case.steps(1)
+        grads = case.some_grads()
+        grads[1][299] = bad
+        case.step(grads)
     assert case.difference(program, tmp_path) == ""
 
 
@@ -186,7 +255,7 @@ def test_more_groups_than_one_launch_takes(program, tmp_path) -> None:
     case.step(case.some_grads())
     case.step([None] * 450)
     assert case.difference(program, tmp_path) == ""
-    assert case.launches == [3, 2]
+    assert case.launches == [3, 3]
 
 
 # -------------------------------------------------------------------------------------------- races
@@ -238,7 +307,9 @@ def changed_kernel(changes: Sequence[tuple[str, str]]) -> list[str]:
 # So that a launch takes a few tensors only, and a tensor's pieces lie in several launches.
 SMALL = [
     ("kMaxPieceNumel = 1u << 31", "kMaxPieceNumel = 2 * kChunkNumel"),
-    ("payload[32720]", "payload[720]"),
+    ("payload[32688]", "payload[720]"),
+    ("kMaxNormPieceNumel = 1u << 28", "kMaxNormPieceNumel = 2 * kNormChunk"),
+    ("tensors[2044]", "tensors[3]"),
 ]
 
 
@@ -249,6 +320,7 @@ class Mutant(NamedTuple):
     new: str
     said: str
     sanitizer: str = ADDRESS
+    history: str = "plain"  # a key of HISTORIES
 
 
 OVERRUN = "use-after-poison|heap-buffer-overflow"
@@ -256,15 +328,19 @@ MISALIGNED = "misaligned address"
 PARAM = r"parameter \d+ differs"
 POSITION = r"position of group \d differs"
 RACE = "data race"
+STATE = r"state of group \d's parameter \d+ differs"
+NORM = "the norm differs"
 
 MUTANTS = {
     # The elements of a chunk.
-    "tail_ends_late": Mutant("i < chunk.numel;", "i < chunk.numel + BUG;", OVERRUN),
+    "tail_ends_late": Mutant(
+        "i < numel; i += blockDim.x", "i < numel + BUG; i += blockDim.x", OVERRUN
+    ),
     "tail_begins_late": Mutant("i = done +", "i = BUG + done +", PARAM),
-    "no_alignment_test": Mutant("chunk.is_aligned() ?", "BUG || chunk.is_aligned() ?", MISALIGNED),
+    "no_alignment_test": Mutant("is_aligned ? numel", "BUG || is_aligned ? numel", MISALIGNED),
     "grads_alignment_not_tested": Mutant(
-        "reinterpret_cast<uintptr_t>(grad.address)",
-        "reinterpret_cast<uintptr_t>(BUG ? nullptr : grad.address)",
+        "grad.bits_of_address() | momentum",
+        "(BUG ? 0 : grad.bits_of_address()) | momentum",
         MISALIGNED,
     ),
     "chunk_without_end": Mutant(
@@ -283,7 +359,7 @@ MUTANTS = {
     "wrong_group": Mutant(
         "args.group(tensor.group);\n    if (tensor.group !=",
         "args.group(BUG ? 0 : tensor.group);\n    if (tensor.group !=",
-        OVERRUN,
+        f"{OVERRUN}|SEGV",
     ),
     "scalars_of_another_group": Mutant(
         "if (tensor.group != group_of_scalars)",
@@ -300,31 +376,37 @@ MUTANTS = {
     ),
     # First and skipped steps.
     "first_step_reads_the_buffer": Mutant(
-        "!chunk.first_step)", "(BUG || !chunk.first_step))", PARAM
+        "if (!chunk.momentum_is_empty)", "if (BUG || !chunk.momentum_is_empty)", PARAM
     ),
-    "first_step_dampened": Mutant("if (chunk.first_step)", "if (!BUG && chunk.first_step)", PARAM),
-    "first_step_loses_the_sign_of_zero": Mutant("= T{-0.0};", "= BUG ? T{0} : T{-0.0};", PARAM),
+    "first_step_dampened": Mutant(
+        "if (chunk.momentum_is_empty) scalars.one_minus_dampening = 1;\n  with",
+        "if (!BUG && chunk.momentum_is_empty) scalars.one_minus_dampening = 1;\n  with",
+        PARAM,
+    ),
+    "first_step_loses_the_sign_of_zero": Mutant(
+        "= T{kEmptyMomentum};", "= BUG ? T{0} : T{kEmptyMomentum};", PARAM
+    ),
     "flags_not_cleared": Mutant(
-        "if (group.has_momentum && tensor",
-        "if (!BUG && group.has_momentum && tensor",
-        "flags of group 0 differs",
+        "if (group.has_momentum()) state",
+        "if (!BUG && group.has_momentum()) state",
+        STATE,
     ),
     "flags_cleared_before_the_last_piece": Mutant(
-        ".completes_param) group", ".completes_param + BUG) group", PARAM
+        "if (!tensor.completes_param)", "if (!BUG && !tensor.completes_param)", PARAM
     ),
     "momentum_kept_at_a_restart": Mutant(
-        "first_step[i] = 1;", "first_step[i] = !BUG;", "flags of group 0 differs"
+        "momentum_is_empty = 1;", "momentum_is_empty = !BUG;", STATE
     ),
     "found_inf_ignored": Mutant("*args.found_inf != 0)", "*args.found_inf != 0 && !BUG)", POSITION),
     "schedule_advanced_on_found_inf": Mutant(
         "cuda::skip_step(args);\n",
         "cuda::skip_step(args);\n"
-        "    if (BUG && cuda::is_last_block(args.ticket)) cuda::finish_step(args);\n",
+        "    if (BUG && cuda::is_last_block(args.ticket)) cuda::finish_step<kHasExtras>(args);\n",
         POSITION,
     ),
     "change_lost_on_found_inf": Mutant(
-        "if (blockIdx.x != 0) return;",
-        "if (blockIdx.x != 0 || BUG) return;",
+        "if (group.lr_source == LrSource::kSchedule)\n",
+        "if (!BUG && group.lr_source == LrSource::kSchedule)\n",
         "LR of group 1 differs",
     ),
     # The end of a launch.
@@ -378,6 +460,124 @@ MUTANTS = {
         RACE,
         THREAD,
     ),
+    # The norm, and what is made of it.
+    "coefficient_not_applied": Mutant(
+        "return clip_coefficient(norm",
+        "return BUG ? 1 : clip_coefficient(norm",
+        PARAM,
+        history="extras",
+    ),
+    "grad_scale_left_in_the_norm": Mutant(
+        "return grad_norm(*args.sum_of_squares, grad_scale(args))",
+        "return grad_norm(*args.sum_of_squares, BUG ? 1 : grad_scale(args))",
+        NORM,
+        history="extras",
+    ),
+    "nonfinite_not_skipped": Mutant(
+        "return args.skip_nonfinite &&",
+        "return !BUG && args.skip_nonfinite &&",
+        POSITION,
+        history="extras",
+    ),
+    "skipped_step_counted_by_every_launch": Mutant(
+        "if (group.advances) ++group",
+        "if (BUG || group.advances) ++group",
+        "number of skipped",
+        history="extras",
+    ),
+    "lanes_folded_in_another_order": Mutant(
+        "return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);",
+        "return BUG ? (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])\n"
+        "             : (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);",
+        NORM,
+        history="extras",
+    ),
+    "chunk_sums_of_a_later_launch": Mutant(
+        "args.chunk_sums[args.first_chunk + chunk]",
+        "args.chunk_sums[(BUG ? 0 : args.first_chunk) + chunk]",
+        NORM,
+        history="extras",
+    ),
+    "norm_without_its_last_element": Mutant(
+        "if (index >= numel) continue;",
+        "if (index + BUG >= numel) continue;",
+        NORM,
+        history="extras",
+    ),
+    # Averages.
+    "empty_average_read": Mutant(
+        "if (param.ema_is_empty) return 0;",
+        "if (!BUG && param.ema_is_empty) return 0;",
+        r"ema \d+ differs",
+        history="extras",
+    ),
+    "averaged_weights_not_counted": Mutant(
+        "state.n_averaged = state.ema_is_empty ?",
+        "if (!BUG) state.n_averaged = state.ema_is_empty ?",
+        STATE,
+        history="extras",
+    ),
+    "averaged_amid_a_cycle": Mutant(
+        "ends_cycle(group.schedule, group.state->position));",
+        "(BUG || ends_cycle(group.schedule, group.state->position)));",
+        STATE,
+        history="extras",
+    ),
+    # Random numbers.
+    "draws_of_the_first_chunk": Mutant(
+        "kMaxPieceNumel + begin) / kDrawNumel",
+        "kMaxPieceNumel + (BUG ? 0 : begin)) / kDrawNumel",
+        PARAM,
+        history="extras",
+    ),
+    "draws_of_the_first_piece": Mutant(
+        "int64_t{tensor.piece}", "int64_t{BUG ? 0 : tensor.piece}", PARAM, history="extras"
+    ),
+    "draws_of_the_first_step": Mutant(
+        "static_cast<uint32_t>(group.state->position.step)",
+        "BUG ? 0 : static_cast<uint32_t>(group.state->position.step)",
+        PARAM,
+        history="extras",
+    ),
+    "draws_of_another_group": Mutant(
+        "group.first_param + tensor.param_index}",
+        "(BUG ? 0 : group.first_param) + tensor.param_index}",
+        PARAM,
+        history="extras",
+    ),
+    "momentum_rounded_by_the_parameters_bits": Mutant(
+        "Rounded::kMomentumBuffer);",
+        "BUG ? Rounded::kParam : Rounded::kMomentumBuffer);",
+        r"momentum_buffer \d+ differs",
+        history="extras",
+    ),
+    "no_barrier_before_the_draws": Mutant(
+        "__syncthreads();  // likewise",
+        "if (!BUG) __syncthreads();  // likewise",
+        RACE,
+        THREAD,
+        history="extras",
+    ),
+    "no_barrier_after_the_draws": Mutant(
+        "kDrawNumel);\n      __syncthreads();",
+        "kDrawNumel);\n      if (!BUG) __syncthreads();",
+        RACE,
+        THREAD,
+        history="extras",
+    ),
+    # Master copies.
+    "low_precision_copy_not_written": Mutant(
+        "if (is_master) {", "if (is_master && !BUG) {", PARAM, history="extras"
+    ),
+    "empty_master_read": Mutant(
+        "if (is_master && chunk.master_is_empty)",
+        "if (is_master && chunk.master_is_empty && !BUG)",
+        PARAM,
+        history="extras",
+    ),
+    "master_stays_empty": Mutant(
+        "state.master_is_empty = 0;", "state.master_is_empty = BUG;", STATE, history="extras"
+    ),
 }
 
 
@@ -393,10 +593,12 @@ def program_of_mutants(sanitizer: str) -> Path:
 
 def everything() -> Case:
     """A few steps with all that the kernel has a branch for."""
-    offsets = {1: (4, 4, 4), 3: (0, 4, 0), 4: (0, 0, 4)}
+    # So many that the pieces of the next one lie in two launches.
+    small = (3,) * 13
+    offsets = {14: (4, 4, 4), 16: (0, 4, 0), 17: (0, 0, 4)}
     case = Case(
         [
-            {"params": params((12293, 70, 0)), "momentum": 0.9, "dampening": 0.1, "T_0": 2,
+            {"params": params((*small, 12293, 70, 0)), "momentum": 0.9, "dampening": 0.1, "T_0": 2,
              "weight_decay": 0.01, "reset_momentum": True},
             {"params": params((20, 41, 5, 6, 7, 3, 8, 9, 9000), seed=5), **NESTEROV, "T_0": 3,
              "maximize": True},
@@ -408,7 +610,7 @@ def everything() -> Case:
         threads=32,
     )  # fmt: skip
     first = case.some_grads()
-    first[0][:40], first[4] = -0.0, None
+    first[13][:40], first[17] = -0.0, None
     case.step(first)
     case.steps(1, found_inf=1.0)
     case.steps(3, grad_scale=8.0)
@@ -419,24 +621,59 @@ def everything() -> Case:
     return case
 
 
+def everything_with_extras() -> Case:
+    """Averages, rounding, master copies and the norm, in several launches and pieces."""
+    half, short = torch.bfloat16, torch.float16
+    momentum = {"momentum": 0.9, "dampening": 0.1}
+    case = Case(
+        [
+            {"params": params((12293, *[5] * 9), half), **momentum, "T_0": 3,
+             "stochastic_rounding": True, "seed": 2**63 + 9, "ema_decay": "swa"},
+            {"params": params((70, 4099), short, 3), **momentum, "stochastic_rounding": True},
+            {"params": params((41, 130, 0), half, 5), **NESTEROV, "master_weights": True,
+             "ema_decay": 0.9},
+            {"params": params((9000, 33), seed=8), **NESTEROV, "momentum_dtype": half,
+             "ema_decay": 0.5},
+        ],
+        clipping=Clipping(max_grad_norm=3.0),
+        threads=32,
+    )  # fmt: skip
+    case.steps(3)
+    case.steps(1, found_inf=1.0)
+    case.steps(2, grad_scale=8.0)
+    case.clipping = Clipping(skip_nonfinite=True)
+    grads = case.some_grads()
+    grads[-2][17] = float("inf")
+    case.step(grads)
+    case.steps(1)
+    return case
+
+
+HISTORIES = {"plain": everything, "extras": everything_with_extras}
+
+
 @pytest.fixture(scope="module")
-def case_of_everything() -> Case:
-    return everything()
+def cases() -> dict[str, Case]:
+    return {name: make() for name, make in HISTORIES.items()}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
-def test_no_bug_is_found_where_none_is_planted(
-    case_of_everything, tmp_path, sanitizer, seed
-) -> None:
+def test_no_bug_is_found_where_none_is_planted(cases, tmp_path, sanitizer, seed, history) -> None:
     """In several orders of threads and blocks."""
     program = program_of_mutants(sanitizer)
-    assert case_of_everything.difference(program, tmp_path, seed=seed) == ""
-    assert min(case_of_everything.launches) > 1
+    case = cases[history]
+    assert case.difference(program, tmp_path, seed=seed) == ""
+    assert min(case.launches) > 1
+    if history == "extras":
+        assert max(case.norm_launches) > 1
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_a_planted_bug_is_caught(case_of_everything, tmp_path, bug) -> None:
-    program = program_of_mutants(MUTANTS[bug].sanitizer)
-    found = case_of_everything.difference(program, tmp_path, bug=bug)
-    assert re.search(MUTANTS[bug].said, found), found
+def test_a_planted_bug_is_caught(cases, tmp_path, bug) -> None:
+    mutant = MUTANTS[bug]
+    found = cases[mutant.history].difference(
+        program_of_mutants(mutant.sanitizer), tmp_path, bug=bug
+    )
+    assert re.search(mutant.said, found), found

@@ -29,13 +29,40 @@ def kernel(kernels, request) -> Kernel:
     return next(kernel for kernel in kernels if kernel.architecture == request.param)
 
 
+# Registers that a thread of each may have: 65536 shared by the threads that are to run at once.
+MOST_REGISTERS = {"step": 65536 // (4 * 256), "step with extras": 128, "norm": 64}
+
+
+@pytest.fixture(scope="module")
+def other_kernels(kernels) -> dict[str, list[Kernel]]:
+    """Those besides the plain step's."""
+    names = machine_code.architectures()
+    return {name: machine_code.compiled(names, name) for name in MOST_REGISTERS if name != "step"}
+
+
+@pytest.mark.parametrize("name", ["step with extras", "norm"])
+def test_the_other_kernels_spill_nothing_either(other_kernels, name) -> None:
+    for kernel in other_kernels[name]:
+        spilled = (kernel.spilled_bytes, kernel.stack_bytes, kernel.local_accesses)
+        assert spilled == (0, 0, 0), kernel.architecture
+        assert kernel.registers <= MOST_REGISTERS[name], kernel.architecture
+
+
+def test_with_extras_only_float64_is_computed_in_double(other_kernels) -> None:
+    for kernel in other_kernels["step with extras"]:
+        loops = vector_loops(kernel)
+        assert len(loops) == TYPES
+        with_double = [loop for loop in loops if loop.count("DFMA")]
+        assert len(with_double) == 1, kernel.architecture
+
+
 def vector_loops(kernel: Kernel) -> list[machine_code.Loop]:
     return [loop for loop in kernel.loops if loop.count("STG.E.128")]
 
 
 def test_nothing_is_spilled_and_no_local_memory_used(kernel) -> None:
     assert kernel.spilled_bytes == kernel.stack_bytes == kernel.local_accesses == 0
-    assert kernel.registers <= 64  # four blocks of 256 threads have 65536
+    assert kernel.registers <= MOST_REGISTERS["step"]
 
 
 def test_every_load_and_store_of_a_vector_loop_has_16_bytes(kernel) -> None:

@@ -102,12 +102,12 @@ from sgdr_fused import FusedSGDR
 QUERIES = ("cudaDeviceGetAttribute", "cudaGetDevice", "cudaSetDevice", "cudaStreamIsCapturing",
            "cudaStreamGetCaptureInfo", "cudaGetLastError", "cudaPeekAtLastError")
 
-def calls(tensors, groups=1, with_gradient=True):
+def calls(tensors, groups=1, with_gradient=True, **options):
     params = [torch.nn.Parameter(torch.zeros(3, device="cuda")) for _ in range(tensors)]
     for param in params:
         param.grad = torch.zeros(3, device="cuda") if with_gradient else None
     in_groups = [{"params": params[i::groups]} for i in range(groups)]
-    optimizer = FusedSGDR(in_groups, lr=0.1, momentum=0.9, T_0=2, backend="native")
+    optimizer = FusedSGDR(in_groups, lr=0.1, momentum=0.9, T_0=2, backend="native", **options)
     optimizer.step()
     torch.cuda.synchronize()
     log.clear()
@@ -117,9 +117,13 @@ def calls(tensors, groups=1, with_gradient=True):
     return len(ours), len(log.launches()), others
 
 log.report(one=calls(1), none=calls(3, with_gradient=False), resnet=calls(161),
-           many=calls(700, 2), more=calls(2000))
+           many=calls(700, 2), more=calls(2000), averaged=calls(161, ema_decay=0.9),
+           clipped=calls(161, max_grad_norm=1.0))
 """,
         **options(),
     )
     assert found["one"] == found["none"] == found["resnet"] == found["many"] == [1, 1, []]
     assert found["more"] == [3, 3, []]
+    assert found["averaged"] == [1, 1, []]
+    # The norm, then the step.
+    assert found["clipped"] == [1, 2, []]

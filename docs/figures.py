@@ -1,0 +1,67 @@
+"""Draws the pictures of the pages from the schedule itself: `python docs/figures.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from sgdr_fused import CosineWarmRestarts
+
+FOLDER = Path(__file__).parent / "figures"
+
+# Read on a white page and on a dark one.
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "sgdr_fused",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": "#808080",
+    "axes.edgecolor": "#808080",
+    "axes.labelcolor": "#808080",
+    "xtick.color": "#808080",
+    "ytick.color": "#808080",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.8,
+    "path.simplify_threshold": 0.5,
+    "legend.frameon": False,
+}
+BLUE, ORANGE = "#3b82c4", "#e07b39"
+
+FIGURES: dict[str, dict[str, dict[str, Any]]] = {
+    "cycles": {"T_0=100": {"T_0": 100}, "T_0=100, T_mult=2": {"T_0": 100, "T_mult": 2}},
+    "options": {
+        "warm-up, decay": {"T_0": 160, "warmup_steps": 60, "cycle_decay": 0.7},
+        "two cycles, floor": {"T_0": 160, "T_mult": 2, "n_cycles": 2, "eta_min": 0.01},
+    },
+    "anneal": {
+        'anneal="step"': {"T_0": 10, "steps_per_epoch": 20},
+        'anneal="epoch"': {"T_0": 10, "steps_per_epoch": 20, "anneal": "epoch"},
+    },
+}
+STEPS = {"cycles": 700, "options": 700, "anneal": 420}
+
+
+def draw(name: str) -> None:
+    """Writes one figure as SVG."""
+    figure, axes = plt.subplots(figsize=(5.6, 2.5), layout="constrained")
+    for color, (label, options) in zip((BLUE, ORANGE), FIGURES[name].items(), strict=True):
+        schedule = CosineWarmRestarts(lr=0.1, **options)
+        lrs = [schedule.lr_at(step) for step in range(STEPS[name])]
+        axes.plot(lrs, drawstyle="steps-post", color=color, label=label)
+    axes.set(xlabel="optimizer step", ylabel="LR", ylim=(0, None), xlim=(0, STEPS[name]))
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    with plt.rc_context(STYLE):
+        for name in FIGURES:
+            draw(name)

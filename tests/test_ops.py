@@ -1,0 +1,144 @@
+"""torch.ops.sgdr_fused.fused_step_: the step as a registered op."""
+
+import pytest
+import torch
+from cases import ANY_OPTIONS
+from pair import copies_of, draw, give_gradients, make_params, momentum_of, same_bits
+
+from sgdr_fused import FusedSGDR, native
+from sgdr_fused.compiled import TracedStepper
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason=native.why_missing)
+
+SCHEDULE = {"T_0": 2, "T_mult": 2, "eta_min": 1e-3}
+
+
+def op():
+    return torch.ops.sgdr_fused.fused_step_
+
+
+def arguments(sizes=(3, 70), dtype=torch.float32, momentum=0.9, **options):
+    """Arguments of the op, of a group with one more parameter than has a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    params, grads, buffers = (
+        ([draw(size, dtype, generator) for size in sizes] for _ in range(3 if momentum else 2))
+        if momentum
+        else (*([draw(s, dtype, generator) for s in sizes] for _ in range(2)), [])
+    )
+    state = torch.zeros(7 + len(sizes) + 1, dtype=torch.int64)
+    state[3] = 2  # T_i
+    state.view(torch.float64)[4] = 0.1
+    options = {"momentum": momentum, "eta_max": 0.1, "T_0": 2} | options
+    return (params, grads, buffers, state, list(range(len(sizes)))), options
+
+
+@pytest.mark.parametrize(
+    ("momentum", "more"),
+    [
+        (0.9, {}),
+        (0.0, {"weight_decay": 1e-2}),
+        (0.9, {"nesterov": True, "grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}),
+        (0.5, {"dampening": 0.1, "reset_momentum": True, "n_cycles": 3, "T_mult": 1.5}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_passes(momentum, more, dtype):
+    args, options = arguments(dtype=dtype, momentum=momentum, **more)
+    results = torch.library.opcheck(op().default, args, options)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("options", ANY_OPTIONS.values(), ids=ANY_OPTIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_op_is_the_references_step(options, dtype):
+    params = make_params([1, 70, 1003], dtype)
+    twins = copies_of(params)
+    by_op = FusedSGDR(params, lr=0.1, **SCHEDULE, **options)
+    by_op._stepper = TracedStepper()
+    reference = FusedSGDR(twins, lr=0.1, **SCHEDULE, **options, backend="reference")
+    for step in range(8):
+        give_gradients(step, params, twins)
+        if step in (0, 4):  # unfrozen later, missing once
+            params[1].grad = twins[1].grad = None
+        by_op.step()
+        reference.step()
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            assert same_bits(p.detach(), q.detach()), (step, i)
+        assert by_op.get_last_lr() == reference.get_last_lr()
+    assert isinstance(by_op._stepper, TracedStepper)
+    ours, theirs = by_op.state_dict(), reference.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for i, of_param in theirs["state"].items():
+        assert set(ours["state"].get(i, {})) == set(of_param)
+        if "momentum_buffer" in of_param:
+            buffers = (side["state"][i]["momentum_buffer"] for side in (ours, theirs))
+            assert same_bits(*buffers)
+
+
+def test_a_skipped_step_changes_nothing_but_the_count():
+    args, options = arguments()
+    before = [[t.clone() for t in tensors] for tensors in args[:3]]
+    state = args[3].clone()
+    op()(*args, **options, found_inf=torch.tensor(1.0))
+    for tensors, old in zip(args[:3], before, strict=True):
+        assert all(same_bits(t, o) for t, o in zip(tensors, old, strict=True))
+    state[5] += 1
+    assert torch.equal(args[3], state)
+
+
+def test_strides_may_differ():
+    generator = torch.Generator().manual_seed(0)
+    values = [draw((4, 6), torch.float32, generator) for _ in range(3)]
+    results = []
+    for lay_out in (torch.clone, lambda t: t.t().contiguous().t()):
+        args, options = arguments(sizes=(1,))
+        tensors = [[values[0].clone()], [lay_out(values[1])], [lay_out(values[2])]]
+        op()(*tensors, *args[3:], **options)
+        results.append((tensors[0][0], tensors[2][0]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda a: a[1].pop(), ValueError, "as many grads"),
+        (lambda a: a[2].pop(), ValueError, "a momentum_buffer for each param"),
+        (lambda a: a[1].__setitem__(0, torch.zeros(4)), ValueError, r"grads\[0\] is of shape"),
+        (lambda a: a[1].__setitem__(1, torch.zeros(70, dtype=torch.int32)), TypeError, "has dtype"),
+        (lambda a: a[4].__setitem__(0, 3), ValueError, r"param_indices\[0\]=3 is no parameter"),
+        (lambda a: a[0].__setitem__(0, torch.zeros(1).expand(3)), ValueError, "memory address"),
+    ],
+    ids=["grads", "buffers", "shape", "dtype", "index", "overlap"],
+)
+def test_bad_arguments_are_errors_and_change_nothing(spoil, error, message):
+    args, options = arguments()
+    spoil(args)
+    before = [[t.clone() for t in tensors] for tensors in args[:3]]
+    state = args[3].clone()
+    with pytest.raises(error, match=message):
+        op()(*args, **options)
+    for tensors, old in zip(args[:3], before, strict=True):
+        assert all(torch.equal(t, o) for t, o in zip(tensors, old, strict=True))
+    assert torch.equal(args[3], state)
+
+
+def test_a_wrong_group_state_is_an_error():
+    (params, grads, buffers, _, indices), options = arguments()
+    with pytest.raises(ValueError, match="group_state must be"):
+        op()(params, grads, buffers, torch.zeros(9), indices, **options)
+
+
+def test_momentum_made_before_is_taken_over():
+    """An eager step, then one by the op."""
+    params = make_params([70])
+    twins = copies_of(params)
+    mixed, usual = (FusedSGDR(p, lr=0.1, momentum=0.9, **SCHEDULE) for p in (params, twins))
+    for step in range(6):
+        give_gradients(step, params, twins)
+        if step == 2:
+            mixed._stepper = TracedStepper()
+        mixed.step()
+        usual.step()
+        assert same_bits(momentum_of(mixed, params[0]), momentum_of(usual, twins[0]))
+        assert same_bits(params[0].detach(), twins[0].detach())

@@ -1,0 +1,140 @@
+"""Snapshots of the weights at each cycle's end."""
+
+import pytest
+import torch
+from pair import give_gradients, same_bits
+
+from sgdr_fused import FusedSGDR
+from sgdr_fused.snapshots import Snapshots
+
+
+@pytest.fixture(params=["memory", "disk"])
+def folder(request, tmp_path):
+    """Where the snapshots are kept."""
+    return None if request.param == "memory" else tmp_path / "snapshots"
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5)
+    )
+    optimizer = FusedSGDR(model.parameters(), lr=0.1, momentum=0.9, T_0=2, T_mult=2, **options)
+    return model, optimizer
+
+
+def train(model, optimizer, snapshots, steps):
+    """Steps; gives the weights at each snapshot that was taken."""
+    taken = []
+    for step in range(steps):
+        give_gradients(step, list(model.parameters()))
+        model[1].running_mean += 1
+        optimizer.step()
+        if snapshots.update():
+            taken.append({name: value.clone() for name, value in model.state_dict().items()})
+    return taken
+
+
+def test_weights_and_buffers_are_kept_at_each_cycles_end(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    taken = train(model, optimizer, snapshots, 2 + 4 + 8 + 1)
+    assert snapshots.cycles == [0, 1, 2]
+    for cycle, expected in zip(snapshots.cycles, taken, strict=True):
+        found = snapshots.load(cycle)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_the_latest_are_kept(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, keep=2, folder=folder)
+    train(model, optimizer, snapshots, 30)
+    assert snapshots.cycles == [2, 3]
+    with pytest.raises(KeyError, match="no snapshot of cycle 0"):
+        snapshots.load(0)
+
+
+def test_one_cycle_end_is_one_snapshot(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    train(model, optimizer, snapshots, 2)
+    assert not snapshots.update()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()  # skipped
+    assert not snapshots.update()
+
+
+def test_prediction_is_the_mean_of_the_snapshots(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    train(model, optimizer, snapshots, 15)
+    inputs = torch.randn(5, 3)
+    expected = []
+    for cycle in snapshots.cycles:
+        twin, _ = make()
+        twin.load_state_dict(snapshots.load(cycle))
+        expected.append(torch.softmax(twin.eval()(inputs), dim=-1))
+    torch.testing.assert_close(snapshots.predict(inputs), torch.stack(expected).mean(0).detach())
+    raw = snapshots.predict(inputs, of_output=lambda output: output)
+    assert not torch.allclose(raw, snapshots.predict(inputs))
+
+
+def test_prediction_leaves_the_model_as_it_was(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    train(model, optimizer, snapshots, 10)
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+
+    def fail(_output):
+        raise ZeroDivisionError
+
+    snapshots.predict(torch.randn(5, 3))
+    with pytest.raises(ZeroDivisionError):
+        snapshots.predict(torch.randn(5, 3), of_output=fail)
+    assert [module.training for module in model.modules()] == modes
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_folder_is_taken_up_again(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, Snapshots(model, optimizer, folder=tmp_path), 6)
+    resumed, other = make()
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    snapshots = Snapshots(resumed, other, folder=tmp_path)
+    train(resumed, other, snapshots, 8)
+    assert snapshots.cycles == [0, 1, 2]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=tmp_path)
+    snapshots.take(0)
+    before = snapshots.load(0)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(OSError, match="no space left"):
+        snapshots.take(0)
+    assert same_bits(snapshots.load(0)["0.weight"], before["0.weight"])
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-000000.pt"]
+
+
+def test_no_snapshot_is_an_error(folder):
+    snapshots = Snapshots(*make(), folder=folder)
+    with pytest.raises(RuntimeError, match="no cycle has ended"):
+        snapshots.predict(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True])
+def test_keep_out_of_range_is_an_error(keep):
+    with pytest.raises(ValueError, match="Invalid keep value"):
+        Snapshots(*make(), keep=keep)

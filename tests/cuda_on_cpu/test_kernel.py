@@ -251,9 +251,9 @@ def test_groups_without_tensors_advance(program, tmp_path) -> None:
 
 
 def test_more_groups_than_one_launch_takes(program, tmp_path) -> None:
-    case = Case([{"params": params((1,), seed=n), "momentum": 0.9} for n in range(450)])
+    case = Case([{"params": params((1,), seed=n), "momentum": 0.9} for n in range(465)])
     case.step(case.some_grads())
-    case.step([None] * 450)
+    case.step([None] * 465)
     assert case.difference(program, tmp_path) == ""
     assert case.launches == [3, 3]
 

@@ -29,22 +29,16 @@ PRECISIONS = {
 }
 AVERAGES = ({}, {"ema_decay": 0.9}, {"ema_decay": "swa"}, {"ema_decay": 0.0})
 
-# Around a vector, a draw (64), and a chunk (4096).
-SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 63, 64, 65, 255, 257, 1023, 1025, 4095, 4096, 4097, 8200)
-
 
 @pytest.fixture(scope="module")
 def program() -> Path:
     """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    return shim_program(
-        FOLDER / "kernel_main.cpp", sanitize="address,undefined", flags=["-O0"]
-    )
+    return shim_program(FOLDER / "kernel_main.cpp", sanitize="address,undefined", flags=["-O0"])
 
 
 @pytest.mark.parametrize("sgd_options", [{}, NESTEROV, DECOUPLED], ids=["plain", "L2", "SGDW"])
-@pytest.mark.parametrize("grad_scale", [None, 8.0])
 def test_every_combination_of_options_and_dtypes_in_one_step(
-    program, tmp_path, sgd_options, grad_scale
+    program, tmp_path, sgd_options
 ) -> None:
     combinations = itertools.product(AVERAGES, PRECISIONS.values(), TYPES)
     case = Case(
@@ -54,34 +48,22 @@ def test_every_combination_of_options_and_dtypes_in_one_step(
             | average
             | precision
             for n, (average, precision, dtype) in enumerate(combinations)
-        ],
-        clipping=Clipping(max_grad_norm=3.0),
+        ]
     )
-    case.steps(7, grad_scale=grad_scale)
+    case.steps(6, grad_scale=8.0)
     assert case.difference(program, tmp_path) == ""
 
 
 def test_each_option_alone(program, tmp_path) -> None:
     """Where nothing else in the step asks for the loops with extras."""
     for option in (*PRECISIONS.values(), *AVERAGES, {"maximize": True}):
-        for clipping in (Clipping(), Clipping(1.0), Clipping(None, True)):
-            groups = [
-                {"params": params((70, 5), dtype, 3)} | NESTEROV | option
-                for dtype in (torch.float32, torch.bfloat16)
-            ]
-            case = Case(groups, clipping=clipping)
-            case.steps(2)
-            assert case.difference(program, tmp_path) == ""
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
-def test_every_element_of_every_size(program, tmp_path, dtype, precision) -> None:
-    case = Case(
-        [{"params": params(SIZES, dtype), "ema_decay": 0.99} | NESTEROV | precision], threads=256
-    )
-    case.steps(3)
-    assert case.difference(program, tmp_path) == ""
+        groups = [
+            {"params": params((70, 5), dtype, 3)} | NESTEROV | option
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        case = Case(groups, clipping=Clipping(1.0))
+        case.steps(2)
+        assert case.difference(program, tmp_path) == ""
 
 
 @pytest.mark.parametrize("momentum_dtype", TYPES, ids=str)
@@ -213,9 +195,9 @@ def test_an_average_or_master_copy_joins_later(program, tmp_path) -> None:
 def test_more_tensors_with_extras_than_one_launch_takes(program, tmp_path) -> None:
     groups = [{"params": params((1,) * 500, torch.bfloat16, seed=n), "ema_decay": 0.9,
                "master_weights": True} | NESTEROV for n in range(2)]  # fmt: skip
-    case = Case(groups, clipping=Clipping(1.0, skip_nonfinite=True))
+    case = Case(groups)
     case.steps(1)
-    case.step(nonfinite(case, 999, math.nan))
+    case.steps(1, found_inf=1.0)
     case.steps(1)
     assert case.difference(program, tmp_path) == ""
     assert case.launches == [2, 2, 2]
@@ -223,10 +205,10 @@ def test_more_tensors_with_extras_than_one_launch_takes(program, tmp_path) -> No
 
 @pytest.mark.parametrize(("count", "launches"), [(580, 1), (590, 2)])
 def test_extras_take_room_only_where_there_are_any(program, tmp_path, count, launches) -> None:
-    plain = Case([{"params": params((1,) * 800), "momentum": 0.9}], clipping=Clipping(1.0, True))
+    plain = Case([{"params": params((1,) * 800), "momentum": 0.9}])
     plain.steps(1)
     assert plain.difference(program, tmp_path) == ""
-    assert (plain.launches, plain.norm_launches) == ([1], [1])
+    assert plain.launches == [1]
 
     average = Case([{"params": params((1,) * count), "momentum": 0.9, "ema_decay": 0.9}])
     average.steps(1)
@@ -235,42 +217,6 @@ def test_extras_take_room_only_where_there_are_any(program, tmp_path, count, lau
 
 
 # -------------------------------------------------------------------------------------------- norms
-
-NORM_SIZES = (0, 1, 3, 4, 31, 32, 33, 127, 128, 129, 255, 257, 4095, 4096, 4097, 4223, 4225, 12300)
-
-
-def norm_case(dtype: torch.dtype, multiprocessors: int = 1, **options: object) -> Case:
-    case = Case(
-        [{"params": params(NORM_SIZES, dtype)}],
-        clipping=Clipping(0.5),
-        multiprocessors=multiprocessors,
-        **options,
-    )
-    case.steps(1, grad_scale=4.0)
-    return case
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("threads", [32, 64, 256])
-@pytest.mark.parametrize("multiprocessors", [1, 3, 16])
-def test_the_norm_has_the_same_bits_in_any_grid(
-    program, tmp_path, dtype, threads, multiprocessors
-) -> None:
-    case = norm_case(dtype, multiprocessors, threads=threads)
-    assert case.difference(program, tmp_path) == ""
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_norm_of_gradients_that_are_not_aligned(program, tmp_path, dtype) -> None:
-    case = norm_case(dtype, offsets=lambda i: (0, (1 + i) * dtype.itemsize))
-    assert case.difference(program, tmp_path) == ""
-
-
-def test_the_norm_of_more_tensors_than_one_launch_takes(program, tmp_path) -> None:
-    case = Case([{"params": params((1,) * 4200)}], clipping=Clipping(0.5), multiprocessors=2)
-    case.steps(2)
-    assert case.difference(program, tmp_path) == ""
-    assert case.norm_launches == [3, 3]
 
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
@@ -288,20 +234,3 @@ def test_float64_gradients_whose_squares_overflow(program, tmp_path) -> None:
                     clipping=Clipping(1.0, skip_nonfinite))  # fmt: skip
         case.step([torch.full((5,), 1e200, dtype=torch.float64)])
         assert case.difference(program, tmp_path) == ""
-
-
-# -------------------------------------------------------------------------------------------- races
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("history", [with_skipped_steps, with_equal_averages])
-def test_no_two_threads_race_in_any_order(tmp_path, history, seed) -> None:
-    program = shim_program(FOLDER / "kernel_main.cpp", sanitize="thread")
-    assert history().difference(program, tmp_path, seed=seed) == ""
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_no_two_threads_of_the_norm_race(tmp_path, seed) -> None:
-    program = shim_program(FOLDER / "kernel_main.cpp", sanitize="thread")
-    case = norm_case(torch.float32, multiprocessors=2, threads=64)
-    assert case.difference(program, tmp_path, seed=seed) == ""

@@ -96,7 +96,12 @@ class Case:
         self._options_before = [self._schedule(group) for group in self.optimizer.param_groups]
         self._lr_before = [group["lr"] for group in self.optimizer.param_groups]
         self._grad_dtypes = list(grad_dtypes or [param.dtype for param in self.params])
-        self._start = self._header(offsets)
+        self._offsets = offsets
+        self.begin()
+
+    def begin(self) -> None:
+        """Takes note of the optimizer as it is now; called again where it was changed by hand."""
+        self._start = self._header(self._offsets)
 
     def step(
         self,

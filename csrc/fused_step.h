@@ -8,6 +8,16 @@
 
 namespace sgdr {
 
+inline Direction direction_of(double momentum, bool nesterov) {
+  if (momentum == 0) return Direction::kGrad;
+  return nesterov ? Direction::kNesterov : Direction::kMomentumBuffer;
+}
+
+// See Note [Fewer loops].
+inline WeightDecay kind_of_decay(double weight_decay, bool decoupled) {
+  return weight_decay != 0 && !decoupled ? WeightDecay::kL2 : WeightDecay::kDecoupled;
+}
+
 struct GroupStep {
   GroupScalars scalars;
   WeightDecay weight_decay = WeightDecay::kDecoupled;

@@ -1,6 +1,5 @@
 // torch.ops.sgdr_fused.fused_step_: the step of one param group with nothing hidden, for graphs of
 // torch.compile. What moves from step to step is in group_state, so that the graph stays the same.
-#include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -106,8 +105,7 @@ class Entries {
       kept_alive_.push_back(tensor);
       return tensor;
     }
-    at::Tensor copy = at::empty_like(other, other.options().dtype(tensor.scalar_type()));
-    copy.copy_(tensor);
+    const at::Tensor copy = copy_in_layout_of(tensor, other);
     if (is_written) copies_.emplace_back(tensor, copy);
     kept_alive_.push_back(copy);
     return copy;
@@ -122,16 +120,6 @@ Entries entries_of(at::TensorList params, at::TensorList grads, at::TensorList m
   for (size_t i = 0; i < params.size(); ++i)
     entries.add(params[i], grads[i], momentum_buffers.empty() ? at::Tensor() : momentum_buffers[i]);
   return entries;
-}
-
-Direction direction_of(const GroupOptions& options) {
-  if (options.momentum == 0) return Direction::kGrad;
-  return options.nesterov ? Direction::kNesterov : Direction::kMomentumBuffer;
-}
-
-WeightDecay decay_of(const GroupOptions& options) {
-  return options.weight_decay != 0 && !options.decoupled_weight_decay ? WeightDecay::kL2
-                                                                      : WeightDecay::kDecoupled;
 }
 
 void step_on_cpu(Entries& entries, const at::Tensor& group_state, at::IntArrayRef param_indices,
@@ -154,8 +142,8 @@ void step_on_cpu(Entries& entries, const at::Tensor& group_state, at::IntArrayRe
                   .weight_decay = options.weight_decay,
                   .grad_divisor = grad_scale.has_value() ? grad_scale->item<double>() : 1,
                   .grad_multiplier = options.maximize ? -1.0 : 1.0},
-      .weight_decay = decay_of(options),
-      .direction = direction_of(options)};
+      .weight_decay = kind_of_decay(options.weight_decay, options.decoupled_weight_decay),
+      .direction = direction_of(options.momentum, options.nesterov)};
   fused_step_cpu({.tensors = entries.entries, .groups = {&step, 1}, .numel = entries.numel});
   if (has_momentum) {
     for (const int64_t index : param_indices) group.params[index].momentum_is_empty = 0;
@@ -170,25 +158,26 @@ void step_on_gpu(Entries& entries, const at::Tensor& group_state, at::IntArrayRe
                  const std::optional<at::Tensor>& grad_scale,
                  const std::optional<at::Tensor>& found_inf, const GroupOptions& options) {
   const GroupView view(group_state);
-  const LaunchGroup group{.schedule = options.schedule,
-                          .momentum = options.momentum,
-                          .dampening = options.dampening,
-                          .weight_decay = options.weight_decay,
-                          .ema_decay = 0,
-                          .seed = 0,
-                          .state = &view.memory->state,
-                          .params = view.params,
-                          .param_count = static_cast<uint32_t>(view.param_count),
-                          .first_param = 0,
-                          .decay = decay_of(options),
-                          .direction = direction_of(options),
-                          .lr_source = LrSource::kState,
-                          .averaging = Averaging::kNone,
-                          .maximize = options.maximize,
-                          .reset_momentum = options.reset_momentum,
-                          .rounds_param = false,
-                          .rounds_momentum = false,
-                          .advances = true};
+  const LaunchGroup group{
+      .schedule = options.schedule,
+      .momentum = options.momentum,
+      .dampening = options.dampening,
+      .weight_decay = options.weight_decay,
+      .ema_decay = 0,
+      .seed = 0,
+      .state = &view.memory->state,
+      .params = view.params,
+      .param_count = static_cast<uint32_t>(view.param_count),
+      .first_param = 0,
+      .decay = kind_of_decay(options.weight_decay, options.decoupled_weight_decay),
+      .direction = direction_of(options.momentum, options.nesterov),
+      .lr_source = LrSource::kState,
+      .averaging = Averaging::kNone,
+      .maximize = options.maximize,
+      .reset_momentum = options.reset_momentum,
+      .rounds_param = false,
+      .rounds_momentum = false,
+      .advances = true};
   const std::vector<uint32_t> indices(param_indices.begin(), param_indices.end());
   const auto to_float = [&](const std::optional<at::Tensor>& value) {
     return value.has_value() ? value->to(group_state.options().dtype(at::kFloat)) : at::Tensor();

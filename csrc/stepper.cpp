@@ -234,24 +234,20 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
     group.skipped_steps = integer(dict, names::skipped_steps());
   }
   const double decay = number(dict, names::weight_decay());
-  const bool has_momentum = number(dict, names::momentum()) != 0;
   const py::handle momentum_dtype = get(dict, names::momentum_dtype());
   if (!momentum_dtype.is_none())
     group.momentum_dtype = reinterpret_cast<THPDtype*>(momentum_dtype.ptr())->scalar_type;
   const bool rounds = truth(dict, names::stochastic_rounding());
-  group.update = {.scalars = {.lr = is_on_host ? number(dict, names::lr()) : 0,
-                              .momentum = number(dict, names::momentum()),
-                              .dampening = number(dict, names::dampening()),
-                              .weight_decay = decay},
-                  .weight_decay = decay != 0 && !truth(dict, names::decoupled_weight_decay())
-                                      ? WeightDecay::kL2
-                                      : WeightDecay::kDecoupled,
-                  .direction = !has_momentum                    ? Direction::kGrad
-                               : truth(dict, names::nesterov()) ? Direction::kNesterov
-                                                                : Direction::kMomentumBuffer,
-                  .rounds_param = rounds,
-                  .rounds_momentum = rounds || group.momentum_dtype.has_value(),
-                  .seed = py::cast<uint64_t>(get(dict, names::seed()))};
+  group.update = {
+      .scalars = {.lr = is_on_host ? number(dict, names::lr()) : 0,
+                  .momentum = number(dict, names::momentum()),
+                  .dampening = number(dict, names::dampening()),
+                  .weight_decay = decay},
+      .weight_decay = kind_of_decay(decay, truth(dict, names::decoupled_weight_decay())),
+      .direction = direction_of(number(dict, names::momentum()), truth(dict, names::nesterov())),
+      .rounds_param = rounds,
+      .rounds_momentum = rounds || group.momentum_dtype.has_value(),
+      .seed = py::cast<uint64_t>(get(dict, names::seed()))};
   if (const py::handle average = get(dict, names::ema_decay()); py::isinstance<py::str>(average)) {
     group.averaging = Averaging::kEqual;
   } else if (!average.is_none()) {
@@ -545,8 +541,7 @@ at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& oth
                                  bool is_written) {
   if (!tensor.sizes().equals(other.sizes())) return {};
   if (is_alike(*other.unsafeGetTensorImpl(), *tensor.unsafeGetTensorImpl())) return tensor;
-  at::Tensor copy = at::empty_like(other, other.options().dtype(tensor.scalar_type()));
-  copy.copy_(tensor);
+  const at::Tensor copy = copy_in_layout_of(tensor, other);
   if (is_written) copy_back_.push_back({tensor, copy});
   kept_alive_.push_back(copy);
   return copy;

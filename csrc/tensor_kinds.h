@@ -47,6 +47,13 @@ inline bool is_alike(const at::TensorImpl& param, const at::TensorImpl& other) {
   return param.is_non_overlapping_and_dense() && is_equal(param.strides(), other.strides());
 }
 
+// The same elements in the order in which another tensor of that shape has them.
+inline at::Tensor copy_in_layout_of(const at::Tensor& tensor, const at::Tensor& other) {
+  at::Tensor copy = at::empty_like(other, other.options().dtype(tensor.scalar_type()));
+  copy.copy_(tensor);
+  return copy;
+}
+
 inline const at::Tensor& grad_of(const at::TensorImpl& param) {
   static const at::Tensor none;
   // Not Tensor::grad(), which spends longer on a warning than we on the tensor.

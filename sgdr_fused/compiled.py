@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgdr_fused import native
 from sgdr_fused.device_state import DeviceState
-from sgdr_fused.groups import check_group, sync_group
+from sgdr_fused.groups import check_group, is_unchanged, sync_group
 from sgdr_fused.reference import Clipping
 from sgdr_fused.tensors import check_tensors
 
@@ -172,7 +172,7 @@ class TracedStepper:
         self._groups_before += [{}] * (len(param_groups) - len(self._groups_before))
         for i, group in enumerate(param_groups):
             before = self._groups_before[i]
-            if group.keys() == before.keys() and all(group[key] is before[key] for key in group):
+            if is_unchanged(group, before):
                 continue
             self._sync_group(i, group, before, state)
             self._groups_before[i] = dict(group)

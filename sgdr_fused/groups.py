@@ -11,7 +11,14 @@ from torch import Tensor
 
 from sgdr_fused.schedule import CosineWarmRestarts, Position, is_finite
 
-__all__ = ["check_group", "drop_momentum", "move_group", "position_of", "sync_group"]
+__all__ = [
+    "check_group",
+    "drop_momentum",
+    "is_unchanged",
+    "move_group",
+    "position_of",
+    "sync_group",
+]
 
 _MOMENTUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -95,6 +102,11 @@ def position_of(group: Mapping[str, Any]) -> Position:
 def move_group(group: MutableMapping[str, Any], position: Position) -> None:
     """Sets a group's schedule to a position, and its LR to the LR there."""
     group.update(position._asdict(), lr=CosineWarmRestarts.of_group(group).lr_of(position))
+
+
+def is_unchanged(group: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a group holds the very objects that it held before."""
+    return group.keys() == before.keys() and all(group[key] is before[key] for key in group)
 
 
 def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
@@ -217,7 +218,7 @@ class FusedSGDR(Optimizer):
 
         After an error parameters, momentum and schedule are as they were.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._step_in_graph(closure)
         # Spelled out here, for the calls that a function of its own would cost.
         if (

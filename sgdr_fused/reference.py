@@ -18,7 +18,13 @@ from sgdr_fused.grad_norm import (
     sum_of_squares,
     sum_over_shards,
 )
-from sgdr_fused.groups import drop_momentum, move_group, position_of, sync_group
+from sgdr_fused.groups import (
+    drop_momentum,
+    is_unchanged,
+    move_group,
+    position_of,
+    sync_group,
+)
 from sgdr_fused.rounding import RandomKey, Rounded, random_bits, round_stochastically
 from sgdr_fused.schedule import CosineWarmRestarts
 from sgdr_fused.tensors import arithmetic_dtype, check_tensors, dtypes_of_state, local_tensor
@@ -76,7 +82,7 @@ class ReferenceStepper:
         """
         for i, group in enumerate(param_groups):
             before = self._groups_before[i] if i < len(self._groups_before) else {}
-            if group.keys() != before.keys() or any(group[key] is not before[key] for key in group):
+            if not is_unchanged(group, before):
                 sync_group(group, before.get("lr"))
                 self._groups_before[i : i + 1] = [dict(group)]
         del self._groups_before[len(param_groups) :]

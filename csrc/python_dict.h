@@ -57,15 +57,23 @@ inline PyObject* find(PyObject* dict, PyObject* key) {
   return value;
 }
 
-// The same, for a key that is expected to be among the dict's first.
-inline PyObject* find_first(PyObject* dict, PyObject* key) {
-  Py_ssize_t position = 0;
-  PyObject *found = nullptr, *value = nullptr;
-  for (int i = 0; i < 2 && PyDict_Next(dict, &position, &found, &value); ++i) {
-    if (found == key) return value;
+// Finds keys that are expected to be a dict's first ones, in the order in which they are asked for:
+// without hashing them then. The dict may be null.
+class FirstItems {
+ public:
+  explicit FirstItems(PyObject* dict) : dict_(dict) {}
+
+  PyObject* find(PyObject* key) {
+    if (dict_ == nullptr) return nullptr;
+    PyObject *next = nullptr, *value = nullptr;
+    if (PyDict_Next(dict_, &position_, &next, &value) && next == key) return value;
+    return sgdr::find(dict_, key);
   }
-  return find(dict, key);
-}
+
+ private:
+  PyObject* dict_;
+  Py_ssize_t position_ = 0;
+};
 
 inline py::handle get(PyObject* dict, PyObject* key) {
   PyObject* value = find(dict, key);

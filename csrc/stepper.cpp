@@ -6,7 +6,6 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/Dtype.h>
 
-#include "python_dict.h"
 #include "tensor_kinds.h"
 
 namespace sgdr {
@@ -352,8 +351,9 @@ bool Stepper::gather(PyObject* state) {
 
   Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
   const bool has_more = group.averaging != Averaging::kNone || group.master_weights;
+  FirstItems stored(slot.state);
   if (group.update.has_momentum()) {
-    operands.momentum_buffer = stored_tensor(slot, kMomentumBuffer);
+    operands.momentum_buffer = stored_tensor(stored, kMomentumBuffer);
     if (operands.momentum_buffer == nullptr) {
       operands.first_step = true;
       const at::ScalarType dtype =
@@ -365,7 +365,7 @@ bool Stepper::gather(PyObject* state) {
     }
     if (!operands.momentum_buffer->defined()) return false;
   }
-  if (has_more && !gather_more(group, slot, operands)) return false;
+  if (has_more && !gather_more(group, slot, stored, operands)) return false;
 
   const auto impl = [](const at::Tensor* tensor) {
     return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
@@ -375,11 +375,11 @@ bool Stepper::gather(PyObject* state) {
 }
 
 // Null where there is none; undefined where something else is in its place.
-const at::Tensor* Stepper::stored_tensor(const Slot& slot, Role role) {
+const at::Tensor* Stepper::stored_tensor(FirstItems& stored, Role role) {
   static const at::Tensor undefined;
-  PyObject* stored = slot.state == nullptr ? nullptr : find_first(slot.state, name_of(role));
-  if (stored == nullptr || stored == Py_None) return nullptr;
-  return THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : &undefined;
+  PyObject* tensor = stored.find(name_of(role));
+  if (tensor == nullptr || tensor == Py_None) return nullptr;
+  return THPVariable_Check(tensor) ? &THPVariable_Unpack(tensor) : &undefined;
 }
 
 // Of the parameter's shape, without content; goes into state when the step has been taken.
@@ -393,12 +393,13 @@ const at::Tensor* Stepper::stored_tensor(const Slot& slot, Role role) {
 }
 
 // The average and the master copy.
-[[gnu::noinline]] bool Stepper::gather_more(const Group& group, Slot& slot, Operands& operands) {
+[[gnu::noinline]] bool Stepper::gather_more(const Group& group, Slot& slot, FirstItems& stored,
+                                            Operands& operands) {
   const at::Tensor& param = *operands.param;
   const bool is_half = element_size(element_type(*param.unsafeGetTensorImpl())) == 2;
   if (group.master_weights && is_half) {
     operands.low_precision_param = &param;
-    operands.param = stored_tensor(slot, kMasterParam);
+    operands.param = stored_tensor(stored, kMasterParam);
     if (operands.param == nullptr) {
       operands.new_master = true;
       operands.param = &new_tensor(slot, kMasterParam, at::kFloat);
@@ -410,7 +411,7 @@ const at::Tensor* Stepper::stored_tensor(const Slot& slot, Role role) {
   // On a GPU the kernel knows where the schedule stands.
   if (is_equal && group.on_gpu == nullptr && !ends_cycle(group.schedule, group.position))
     return true;
-  operands.ema = stored_tensor(slot, kEma);
+  operands.ema = stored_tensor(stored, kEma);
   const bool is_new = operands.ema == nullptr;
   if (is_new) {
     const at::ScalarType dtype = param.scalar_type();

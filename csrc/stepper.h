@@ -13,6 +13,7 @@
 #include "cuda/launcher.h"
 #include "dict_snapshot.h"
 #include "fused_step.h"
+#include "python_dict.h"
 
 namespace sgdr {
 
@@ -156,8 +157,8 @@ class Stepper {
   bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   bool gather_param(const Group& group, uint32_t index, Slot& slot);
-  bool gather_more(const Group& group, Slot& slot, Operands& operands);
-  const at::Tensor* stored_tensor(const Slot& slot, Role role);
+  bool gather_more(const Group& group, Slot& slot, FirstItems& stored, Operands& operands);
+  static const at::Tensor* stored_tensor(FirstItems& stored, Role role);
   const at::Tensor& new_tensor(const Slot& slot, Role role, at::ScalarType dtype);
   bool add_entry(const Operands& operands);
   bool add_unusual(const Operands& operands);

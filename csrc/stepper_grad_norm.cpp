@@ -1,7 +1,6 @@
 // The norm of all gradients: of plain tensors, and of shards that lie on several ranks.
 #include <ATen/Functions.h>
 
-#include "python_dict.h"
 #include "stepper.h"
 
 namespace sgdr {

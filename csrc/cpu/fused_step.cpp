@@ -138,10 +138,10 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
                   const GroupLoops<T>& loops) {
   constexpr ElementType kDirect = kElementType<T>;
   const bool is_plain = entry.param_type == kDirect && entry.grad_type == kDirect &&
-                        !entry.first_step && entry.ema == nullptr &&
-                        entry.low_precision_param == nullptr;
+                        !entry.first_step && entry.low_precision_param == nullptr;
   if constexpr (std::is_same_v<T, float>) {
-    if (is_plain && entry.momentum_type == ElementType::kBFloat16 && loops.group->rounds_momentum) {
+    if (is_plain && entry.ema == nullptr && entry.momentum_type == ElementType::kBFloat16 &&
+        loops.group->rounds_momentum) {
       loops.update_rounding(static_cast<float*>(entry.param) + begin,
                             static_cast<const float*>(entry.grad) + begin,
                             static_cast<uint16_t*>(entry.momentum_buffer) + begin, end - begin,
@@ -153,10 +153,20 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
     update_by_blocks<InstructionSet>(entry, begin, end, loops);
     return;
   }
-  T* momentum_buffer = static_cast<T*>(entry.momentum_buffer);
-  loops.update(static_cast<T*>(entry.param) + begin, static_cast<const T*>(entry.grad) + begin,
-               momentum_buffer == nullptr ? nullptr : momentum_buffer + begin, end - begin,
-               loops.scalars);
+  T* const param = static_cast<T*>(entry.param);
+  const T* const grad = static_cast<const T*>(entry.grad);
+  T* const momentum_buffer = static_cast<T*>(entry.momentum_buffer);
+  T* const ema = static_cast<T*>(entry.ema);
+  // The average takes the parameter from the first-level cache.
+  const int64_t stretch = ema == nullptr ? end - begin : kBlockNumel;
+  for (; begin < end; begin += stretch) {
+    const int64_t numel = std::min(stretch, end - begin);
+    loops.update(param + begin, grad + begin,
+                 momentum_buffer == nullptr ? nullptr : momentum_buffer + begin, numel,
+                 loops.scalars);
+    if (ema != nullptr)
+      InstructionSet::template update_ema<T>(ema + begin, param + begin, numel, entry.ema_decay);
+  }
 }
 
 // The first lines of a tensor that is due soon: small ones are over before the processor sees a

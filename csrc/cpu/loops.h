@@ -188,8 +188,40 @@ SGDR_HD double fold_lanes(double* lanes, int64_t used) {
   return lanes[0];
 }
 
+using EightLanes [[gnu::vector_size(64)]] = double;
+
+// Of at most kLanes elements, whose lanes then are registers: as the loops above, and in a quarter
+// of the time.
+template <int64_t kLanes, class Stored>
+SGDR_HD double sum_of_few_squares(const Stored* values, int64_t numel) {
+  EightLanes lanes[kLanes / 8];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes / 8; ++i) {
+    const Stored* eight = values + 8 * i;
+    Stored padded[8] = {};
+    if (numel < 8 * (i + 1)) {
+      for (int64_t j = 0; 8 * i + j < numel; ++j) padded[j] = eight[j];
+      eight = padded;
+    }
+    double squares[8];
+    for (int64_t j = 0; j < 8; ++j) squares[j] = square(static_cast<double>(eight[j]));
+    std::memcpy(&lanes[i], squares, sizeof(squares));
+  }
+#pragma GCC unroll 16
+  for (int64_t half = kLanes / 16; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  const EightLanes& last = lanes[0];
+  return ((last[0] + last[4]) + (last[2] + last[6])) + ((last[1] + last[5]) + (last[3] + last[7]));
+}
+
 template <class Stored>
 SGDR_HD double sum_of_squares_of_elements(const Stored* values, int64_t numel) {
+  if (numel <= 8) return sum_of_few_squares<8>(values, numel);
+  if (numel <= 16) return sum_of_few_squares<16>(values, numel);
+  if (numel <= 32) return sum_of_few_squares<32>(values, numel);
+  if (numel <= 64) return sum_of_few_squares<64>(values, numel);
   double lanes[kNormLanes] = {};
   add_squares(lanes, values, numel);
   return fold_lanes(lanes, numel);

@@ -63,7 +63,7 @@ class DeviceState:
                 of_param = state.get(param, {})
                 for role in _ROLES:
                     on_host.is_empty[role][i] = of_param.get(role) is None
-                on_host.n_averaged[i] = of_param.get("n_averaged", 0)
+                on_host.n_averaged[i] = of_param.get("n_averaged") or 0
             on_device = cls(memory.to(params[0].device), params)
         group.update(on_device.fields)
         return on_device

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from sgdr_fused import ema, interop, native
+from sgdr_fused import checkpoint, ema, interop, native
 from sgdr_fused.compiled import TracedStepper, is_traceable, step_groups
 from sgdr_fused.device_state import (
     DeviceState,
@@ -38,6 +38,7 @@ from sgdr_fused.tensors import (
     kinds_of_tensors,
     local_tensor,
     named_params,
+    placed_like,
 )
 
 __all__ = ["FusedSGDR"]
@@ -220,6 +221,9 @@ class FusedSGDR(Optimizer):
         """
         if is_compiling():
             return self._step_in_graph(closure)
+        if not self.state and checkpoint.is_initialisation(self.param_groups):
+            checkpoint.name_missing(self.param_groups, self.state)
+            return None
         # Spelled out here, for the calls that a function of its own would cost.
         if (
             self._optimizer_step_pre_hooks
@@ -577,16 +581,20 @@ class FusedSGDR(Optimizer):
         Returns:
             As of any torch optimizer; ``param_groups`` say where the schedule stands.
         """
+        is_for_checkpoint = checkpoint.is_at_work()
+        if is_for_checkpoint:
+            checkpoint.name_missing(self.param_groups, self.state)
         packed = super().state_dict()
-        if not self._is_on_device():
-            return packed
-        groups, state = self._on_host()
-        params = [param for group in groups for param in group["params"]]
-        for own, group in zip(groups, packed["param_groups"], strict=True):
-            group.update({name: own[name] for name in group if name != "params"})
-        for index in packed["state"]:
-            if isinstance(index, int):
-                packed["state"][index] = state[params[index]]
+        if self._is_on_device():
+            groups, state = self._on_host()
+            params = [param for group in groups for param in group["params"]]
+            for own, group in zip(groups, packed["param_groups"], strict=True):
+                group.update({name: own[name] for name in group if name != "params"})
+            for index in packed["state"]:
+                if isinstance(index, int):
+                    packed["state"][index] = state[params[index]]
+        if is_for_checkpoint:
+            packed["state"] = checkpoint.completed(self.param_groups, packed["state"])
         return packed
 
     def _is_on_device(self) -> bool:
@@ -641,16 +649,18 @@ class FusedSGDR(Optimizer):
                 ) from error
             groups.append(group)
 
+        is_from_checkpoint = checkpoint.is_at_work()
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         for name, of_group, param in named_params(groups):
             if param not in loaded["state"]:
                 continue
             of_param = {k: v for k, v in loaded["state"][param].items() if v is not None}
+            if is_from_checkpoint:
+                of_param = checkpoint.without_blanks(of_param)
             for role, dtype in dtypes_of_state(of_group, param).items():
                 if role in of_param:
-                    of_param[role] = self._as_saved(param, role, of_param[role], name).to(
-                        param.device, dtype, copy=True
-                    )
+                    saved = self._as_saved(param, role, of_param[role], name)
+                    of_param[role] = placed_like(param, saved.to(param.device, dtype, copy=True))
             state[param] = of_param
         return {"state": state, "param_groups": groups}
 

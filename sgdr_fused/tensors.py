@@ -15,6 +15,7 @@ __all__ = [
     "kinds_of_tensors",
     "local_tensor",
     "named_params",
+    "placed_like",
 ]
 
 
@@ -69,20 +70,41 @@ def local_tensor(tensor: Tensor, param: Tensor) -> Tensor | None:
     """The plain tensor behind a parameter, or behind a gradient or a momentum buffer of it.
 
     Args:
-        tensor: Any tensor. A DTensor gives its local shard, brought to the parameter's placements
-            first.
+        tensor: Any tensor. A DTensor gives its local shard; a gradient is brought to the
+            parameter's placements first.
         param: The parameter that it belongs to.
 
     Returns:
-        A tensor that shares the shard's memory; None for tensor subclasses that are not known.
+        A tensor that shares the shard's memory; None for tensor subclasses that are not known, and
+        for what cannot be updated in place because it is not placed as the parameter is.
     """
     if not hasattr(tensor, "to_local"):
         return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else None
-    if tensor.placements != param.placements:  # type: ignore[attr-defined]
+    if _placement_of(tensor) != _placement_of(param):
+        if tensor is not param.grad:
+            return None
         tensor = tensor.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     local: Tensor = tensor.to_local()
     # The result of a collective that may be under way.
     return local.wait() if hasattr(local, "wait") else local
+
+
+def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the parameter's shape, in shards where and as the parameter's are.
+
+    Args:
+        param: The parameter.
+        tensor: A DTensor in any placements, or a plain tensor, of which each rank has the whole.
+    """
+    if _placement_of(tensor) == _placement_of(param):
+        return tensor
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if not hasattr(param, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def check_tensors(
@@ -130,6 +152,12 @@ def check_tensors(
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} has {role}={tensor!r}; it must be a tensor or None")
             _check_fits(name, role, tensor, param)
+            if _placement_of(tensor) != _placement_of(param):
+                raise ValueError(
+                    f"{name} is placed as {_placed(param)}, but its {role} as {_placed(tensor)}; "
+                    "redistribute() one of the two, or put the state into place with "
+                    "load_state_dict()"
+                )
             if role != "momentum_buffer" and tensor.dtype != dtype:
                 raise ValueError(
                     f"{name} has state[{role!r}] of dtype {tensor.dtype}; it must be of {dtype}"
@@ -160,6 +188,17 @@ def _check_fits(name: str, role: str, tensor: Tensor, param: Tensor) -> None:
         raise ValueError(
             f"{name} has a {role} of dtype {tensor.dtype}, but the parameter's is {param.dtype}"
         )
+
+
+def _placement_of(tensor: Tensor) -> Any:
+    """The device mesh and the placements of a DTensor; None for a plain tensor."""
+    placements = getattr(tensor, "placements", None)
+    return placements and (tensor.device_mesh, placements)  # type: ignore[attr-defined]
+
+
+def _placed(tensor: Tensor) -> str:
+    placement = _placement_of(tensor)
+    return f"{placement[1]} on {placement[0]}" if placement else "a plain tensor"
 
 
 def _plain(value: object) -> object:

@@ -1,0 +1,133 @@
+"""FSDP2, `fully_shard`: each rank updates its shard of every parameter."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from exact_training import OPTIONS, STEPS, SingleProcess, fused, loss_of, network, whole_tensor
+from pair import same_bits
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def sharded(model, mesh_shape=None):
+    """The model with each layer in shards; over the first dimension of a 2d mesh, copied."""
+    names = ("copies", "shards")
+    shape = mesh_shape or (1, dist.get_world_size())
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = mesh if mesh_shape else mesh["shards"]
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    return model
+
+
+def train(backend, parts=1, mesh_shape=None):
+    rank, single = dist.get_rank(), SingleProcess(dist.get_world_size(), parts)
+    model = sharded(network(), mesh_shape)
+    optimizer = fused(model, backend=backend)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(parts):
+            model.set_requires_gradient_sync(part + 1 == parts)
+            (loss_of(model, step, rank, part) / parts).backward()
+        optimizer.step()
+        single.step()
+        single.assert_same(model, f"at step {step}")
+        assert optimizer.get_last_lr() == single.optimizer.scheduler.get_last_lr()
+
+
+def test_training_is_that_of_one_process(ranks, world_size, backend):
+    ranks(world_size, train, backend)
+
+
+def test_accumulated_batches_are_one_step(ranks, backend):
+    ranks(2, train, backend, parts=2)
+
+
+def test_copies_of_shards_stay_equal(ranks, backend):
+    """HSDP: in shards within a host, copied from host to host."""
+    ranks(4, train, backend, mesh_shape=(2, 2))
+
+
+def one_step_of_torchs_own():
+    model = sharded(network())
+    fused_sgd = torch.optim.SGD(model.parameters(), fused=True, **OPTIONS)
+    loss_of(model, 0).backward()
+    try:
+        fused_sgd.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_torchs_own_fused_step_has_no_sharding_strategy(ranks):
+    """The pain that `train` above shows to be gone: SGD(fused=True) cannot take a step at all."""
+    for error in ranks(2, one_step_of_torchs_own):
+        assert "aten._fused_sgd_.default" in error
+        assert "sharding strategy" in error
+
+
+def train_with(options, in_backward=False):
+    """Against our own optimizer in one process, for what the pair has not."""
+    single = SingleProcess(dist.get_world_size(), 1, lambda model: fused(model, **options))
+    model = sharded(network())
+    optimizer = fused(model, **options)
+    if in_backward:
+        optimizer.step_in_backward()
+    for step in range(STEPS):
+        if not in_backward:
+            optimizer.zero_grad()
+        loss_of(model, step, dist.get_rank()).backward()
+        if in_backward:
+            assert all(param.grad is None for param in model.parameters())
+        optimizer.step()
+        single.step()
+        single.assert_same(model, f"at step {step}")
+        single.assert_same_state(optimizer, f"at step {step}")
+    with optimizer.swap_ema(), single.optimizer.swap_ema():
+        single.assert_same(model, "averaged")
+    single.assert_same(model, "after the averages")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ema_decay": 0.9},
+        {"ema_decay": "swa"},
+        {"reset_momentum": True, "decoupled_weight_decay": True},
+        {"nesterov": False, "dampening": 0.1, "maximize": True},
+        {"momentum": 0, "nesterov": False},
+    ],
+    ids=str,
+)
+def test_options_that_the_pair_has_not_work_on_shards(ranks, backend, options):
+    ranks(2, train_with, options | {"backend": backend})
+
+
+def test_step_in_backward_updates_shards(ranks, backend):
+    ranks(2, train_with, {"backend": backend}, in_backward=True)
+
+
+def train_in_bfloat16():
+    """The gradients are rounded, so one process gets those that the ranks had."""
+    model, single = sharded(network().bfloat16()), network().bfloat16()
+    options = {"master_weights": True, "ema_decay": 0.9}
+    optimizer, alone = fused(model, **options), fused(single, **options)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(step * 10 + dist.get_rank())
+        model(torch.randn(4, 7, generator=generator).bfloat16()).square().sum().backward()
+        for param, whole in zip(model.parameters(), single.parameters(), strict=True):
+            whole.grad = whole_tensor(param.grad)
+        optimizer.step()
+        alone.step()
+        for param, whole in zip(model.parameters(), single.parameters(), strict=True):
+            assert same_bits(whole_tensor(param), whole.detach())
+            for role, tensor in alone.state[whole].items():
+                assert tensor.dtype == torch.float32, role
+                assert same_bits(whole_tensor(optimizer.state[param][role]), tensor), role
+
+
+def test_master_weights_are_kept_in_shards(ranks):
+    ranks(2, train_in_bfloat16)

@@ -17,7 +17,7 @@ from sgdr_fused.optimizer import FusedSGDR
 
 __all__ = ["Snapshots"]
 
-_NAME = re.compile(r"snapshot-(\d{6})\.pt")
+_NAME = re.compile(r"snapshot-(\d{6,})\.pt")
 
 
 class Snapshots:
@@ -31,7 +31,8 @@ class Snapshots:
         optimizer: What trains it; group 0 says where the cycles end.
         keep: How many to keep, the latest; None: all.
         folder: Where to keep them, one file each, named after the cycle; what is there already is
-            taken over. None: in the CPU's memory.
+            taken over. None: in the CPU's memory. Of several processes each needs a folder of its
+            own, or one of them takes the snapshots.
 
     Raises:
         ValueError: ``keep`` is below 1 or no integer.
@@ -63,7 +64,7 @@ class Snapshots:
         self.keep = keep
         self.folder = None if folder is None else Path(folder)
         self._in_memory: dict[int, dict[str, Tensor]] = {}
-        self._last_step: int | None = None
+        self._step_seen = self._step_now()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -78,34 +79,45 @@ class Snapshots:
     def update(self) -> bool:
         """Takes a snapshot if the last step has ended a cycle; call it after each step.
 
+        Where the optimizer's state is on a GPU, this waits for the GPU. With cycles of whole epochs
+        (``steps_per_epoch``) a call at the end of each epoch is enough.
+
         Returns:
             Whether one was taken.
         """
-        step = int(self.optimizer.param_groups[0]["step"])
-        if not self.optimizer.is_cycle_end or step == self._last_step:
+        before, self._step_seen = self._step_seen, self._step_now()
+        # A skipped step, or none at all, stays where a cycle may have ended before.
+        if not self.optimizer.is_cycle_end or self._step_seen == before:
             return False
-        self._last_step = step
         self.take(self.optimizer.cycle - 1)
         return True
+
+    def _step_now(self) -> int:
+        return int(self.optimizer.param_groups[0]["step"])
 
     def take(self, cycle: int) -> None:
         """Keeps the weights and buffers as they are now.
 
         Args:
-            cycle: Under which index; one of that index is replaced.
+            cycle: Under which index. One of that index is replaced, and those of later cycles are
+                dropped: they are of a training that was taken up again from before them.
+
+        Raises:
+            TypeError: A weight is in shards, as under FSDP2.
         """
         weights = {
             name: value.detach().to("cpu", copy=True)
-            for name, value in self.model.state_dict().items()
-            if isinstance(value, Tensor)
+            for name, value in _whole_tensors(self.model).items()
         }
         if self.folder is None:
             self._in_memory[cycle] = weights
         else:
             _write(self._path(cycle), weights)
-        if self.keep is not None:
-            for old in self.cycles[: -self.keep]:
-                self._drop(old)
+        cycles = self.cycles
+        kept = [kept for kept in cycles if kept <= cycle][-(self.keep or len(cycles)) :]
+        for other in cycles:
+            if other not in kept:
+                self._drop(other)
 
     def load(self, cycle: int) -> dict[str, Tensor]:
         """The weights at the end of a cycle, as a state_dict of the model on the CPU.
@@ -116,19 +128,34 @@ class Snapshots:
         if cycle not in self.cycles:
             raise KeyError(f"no snapshot of cycle {cycle}; there are those of {self.cycles}")
         if self.folder is None:
-            return self._in_memory[cycle]
+            return {name: value.clone() for name, value in self._in_memory[cycle].items()}
         loaded: dict[str, Tensor] = torch.load(self._path(cycle), weights_only=True)
         return loaded
 
     @contextmanager
     def swapped_in(self, cycle: int) -> Iterator[nn.Module]:
-        """Within the ``with`` block the model has the weights at the end of a cycle."""
-        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        """Within the ``with`` block the model has the weights at the end of a cycle.
+
+        Raises:
+            KeyError: There is no snapshot of that cycle.
+            ValueError: The snapshot is of another model. The model is as it was.
+        """
+        weights, current = self.load(cycle), _whole_tensors(self.model)
+        for name in sorted(weights.keys() | current.keys()):
+            found, expected = (_shape(tensors.get(name)) for tensors in (weights, current))
+            if found != expected:
+                raise ValueError(
+                    f"the snapshot of cycle {cycle} is of another model: {name!r} has {found} in "
+                    f"it, in the model {expected}; use a folder={str(self.folder)!r} of its own "
+                    "for each model"
+                )
+        own = {name: value.clone() for name, value in current.items()}
         try:
-            self.model.load_state_dict(self.load(cycle), strict=False)
+            # Not strictly, for what the model says of itself besides tensors.
+            self.model.load_state_dict(weights, strict=False)
             yield self.model
         finally:
-            self.model.load_state_dict(own)
+            self.model.load_state_dict(own, strict=False)
 
     @torch.no_grad()
     def predict(
@@ -147,6 +174,7 @@ class Snapshots:
 
         Raises:
             RuntimeError: There is no snapshot yet.
+            ValueError: One is of another model.
         """
         cycles = self.cycles
         if not cycles:
@@ -174,6 +202,22 @@ class Snapshots:
             del self._in_memory[cycle]
         else:
             self._path(cycle).unlink()
+
+
+def _whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors in a model's state_dict, which may hold anything besides."""
+    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    for name, value in tensors.items():
+        if hasattr(value, "placements"):
+            raise TypeError(
+                f"{name!r} is in shards, and a snapshot is of whole tensors; save the model with "
+                "torch.distributed.checkpoint in a hook of optimizer.register_restart_hook()"
+            )
+    return tensors
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "no place" if tensor is None else f"the shape {tuple(tensor.shape)}"
 
 
 def _write(path: Path, weights: dict[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """Snapshots of the weights at each cycle's end."""
 
+import copy
+
 import pytest
 import torch
 from pair import give_gradients, same_bits
@@ -108,6 +110,95 @@ def test_a_folder_is_taken_up_again(tmp_path):
     snapshots = Snapshots(resumed, other, folder=tmp_path)
     train(resumed, other, snapshots, 8)
     assert snapshots.cycles == [0, 1, 2]
+
+
+def test_cycles_of_a_run_that_was_left_are_dropped(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, keep=2, folder=folder)
+    train(model, optimizer, snapshots, 2)
+    early = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, snapshots, 4 + 8 + 16)
+    assert snapshots.cycles == [2, 3]
+    model.load_state_dict(early[0])
+    optimizer.load_state_dict(early[1])
+    taken = train(model, optimizer, snapshots, 4)
+    assert snapshots.cycles == [1]
+    assert torch.equal(snapshots.load(1)["0.weight"], taken[0]["0.weight"])
+
+
+def test_taking_up_again_one_step_before_a_cycles_end_misses_no_snapshot(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    train(model, optimizer, snapshots, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, snapshots, 3)
+    optimizer.load_state_dict(saved)
+    assert len(train(model, optimizer, snapshots, 1)) == 1
+
+
+def test_what_was_loaded_is_a_copy(folder):
+    model, optimizer = make()
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    train(model, optimizer, snapshots, 2)
+    before = snapshots.load(0)["0.weight"].clone()
+    loaded = snapshots.load(0)
+    loaded.pop("1.weight")
+    loaded["0.weight"].zero_()
+    assert torch.equal(snapshots.load(0)["0.weight"], before)
+    assert "1.weight" in snapshots.load(0)
+
+
+class WithExtraState(torch.nn.Linear):
+    """Saves something besides its tensors."""
+
+    note = "unset"
+
+    def get_extra_state(self):
+        return {"note": self.note}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
+
+
+def test_model_with_an_extra_state_predicts(folder):
+    model = WithExtraState(3, 2)
+    optimizer = FusedSGDR(model.parameters(), lr=0.1, T_0=2)
+    snapshots = Snapshots(model, optimizer, folder=folder)
+    snapshots.take(0)
+    model.note = "set"
+    inputs = torch.randn(5, 3)
+    expected = torch.softmax(model(inputs), dim=-1).detach()
+    torch.testing.assert_close(snapshots.predict(inputs), expected)
+    assert model.note == "set"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            torch.nn.Linear(3, 5),
+            r"'bias' has the shape \(2,\) in it, in the model the shape \(5,\)",
+        ),
+        (torch.nn.Linear(3, 2, bias=False), "'bias' has the shape .* in the model no place"),
+        (torch.nn.Sequential(torch.nn.Linear(3, 2)), "'0.bias' has no place in it"),
+    ],
+    ids=["other_shape", "less", "other_names"],
+)
+def test_snapshot_of_another_model_is_an_error_that_changes_nothing(tmp_path, other, message):
+    model = torch.nn.Linear(3, 2)
+    Snapshots(model, FusedSGDR(model.parameters(), lr=0.1, T_0=2), folder=tmp_path).take(0)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    snapshots = Snapshots(other, FusedSGDR(other.parameters(), lr=0.1, T_0=2), folder=tmp_path)
+    with pytest.raises(ValueError, match=f"cycle 0 is of another model: {message}"):
+        snapshots.predict(torch.randn(5, 3))
+    assert all(torch.equal(other.state_dict()[name], before[name]) for name in before)
+
+
+def test_cycle_with_seven_digits_is_found_again(tmp_path):
+    snapshots = Snapshots(*make(), folder=tmp_path)
+    snapshots.take(1_000_000)
+    assert snapshots.cycles == [1_000_000]
+    assert snapshots.load(1_000_000)
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):

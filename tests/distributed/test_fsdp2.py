@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from sgdr_fused.snapshots import Snapshots
+
 
 def sharded(model, mesh_shape=None):
     """The model with each layer in shards; over the first dimension of a 2d mesh, copied."""
@@ -131,3 +133,13 @@ def train_in_bfloat16():
 
 def test_master_weights_are_kept_in_shards(ranks):
     ranks(2, train_in_bfloat16)
+
+
+def snapshot_of_shards():
+    model = sharded(network())
+    with pytest.raises(TypeError, match=r"'0.weight' is in shards.*register_restart_hook"):
+        Snapshots(model, fused(model)).take(0)
+
+
+def test_snapshot_of_shards_is_refused(ranks):
+    ranks(2, snapshot_of_shards)

@@ -24,11 +24,11 @@ def by_name(page):
     return page.stem
 
 
-# Run by tests/trainers/, a section at a time: they need other libraries.
-OF_TRAINERS = ("recipes", "migration")
+# Run by tests/trainers/, a section at a time: they need other libraries; and by tests/distributed/.
+RUN_ELSEWHERE = ("recipes", "migration", "distributed")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in OF_TRAINERS], ids=by_name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem not in RUN_ELSEWHERE], ids=by_name)
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages.run(page, pages.prelude())

@@ -19,15 +19,16 @@ def torchrun(script, folder, ranks):
     """What rank 0 prints."""
     (folder / "train.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
+    run = subprocess.run(
         [*command, f"--nproc-per-node={ranks}", "train.py"],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
-        check=True,
-    ).stdout
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def expected(step):

@@ -1,5 +1,5 @@
 # make demo: trains on real data with the pair and with FusedSGDR. make test: the whole suite.
-# make docs: the documentation as a site.
+# make examples: all examples, some minutes. make docs: the documentation as a site.
 # Each makes its own virtual environment first, and again only when something was changed.
 
 PYTHON ?= python3
@@ -12,10 +12,14 @@ DOCS_STAMP := $(VENV)/installed-docs
 SITE := docs/_build/html
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test benchmark docs lint format clean
+.PHONY: demo examples test benchmark docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
+
+examples: demo
+	$(BIN)/python examples/bfloat16.py
+	$(BIN)/python examples/paper.py
 
 test: $(STAMP)
 	$(BIN)/pytest

@@ -44,6 +44,23 @@ def test_grad_norm_is_the_norm_of_all_gradients(backend, size):
     assert abs(float(optimizer.grad_norm) / wanted - 1) <= (size + 5) * 2**-53
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_the_norm_is_summed_up_in_the_order_of_the_reference(backend, dtype):
+    """Gradients of so many sizes of number that each addition rounds."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (*range(1, 140), 255, 300):
+        param = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+        scale = torch.randint(-5, 5, (size,), generator=generator).double().exp2()
+        grad = torch.randn(size, generator=generator, dtype=torch.float64) * scale
+        param.grad = grad.to(dtype)
+        optimizer = FusedSGDR([param], **OPTIONS, max_grad_norm=1.0, backend=backend)
+        optimizer.step()
+        expected = math.sqrt(sum_of_squares([param.grad]))
+        assert float(optimizer.grad_norm) == expected, f"{size} elements"
+
+
 def test_gradients_are_clipped_as_by_clip_grad_norm(backend):
     ours = make_params([10, 300, 1])
     theirs = copies_of(ours)

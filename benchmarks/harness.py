@@ -1,6 +1,7 @@
 """What the benchmarks share: equal work, interleaved timing, tables, JSON and pictures.
 
-* All candidates of a case update the same tensors, so that none has better-placed memory.
+* All candidates of a case update the same parameters with the same gradients. The momentum buffers
+  are those that each made at its first step: where they are placed is a part of what it does.
 * Before a candidate is timed it must have made the update that the reference makes.
 * Every round times every candidate, in a shuffled order, so that a noisy minute is noisy for all. A
   ratio is taken within each round; the median over the rounds is reported.
@@ -156,9 +157,13 @@ class Candidate:
 
 
 class Workload:
-    """Parameters with fixed gradients, and momentum buffers, which all candidates of a case share.
+    """Parameters with fixed gradients, which all candidates of a case share.
 
     They are allocated as a training would: all parameters, all gradients, then all buffers.
+
+    Attributes:
+        params: The parameters, with gradients.
+        momentum_buffers: For a step that is no optimizer's.
     """
 
     def __init__(self, shapes: Shapes, device: str = "cpu", **options: Any) -> None:
@@ -181,7 +186,6 @@ class Workload:
         name: str,
         threads: int,
         build: Build,
-        shares_buffers: bool = True,
         momentum_eps: float = 0.0,
     ) -> Candidate:
         """A candidate that is known to make the same update as the reference.
@@ -190,8 +194,6 @@ class Workload:
             name: Its name.
             threads: Intra-op threads it is to be checked and timed with.
             build: Makes an optimizer for the parameters, and the function that takes one step.
-            shares_buffers: Whether to time it with the momentum buffers of all; a CUDA graph keeps
-                its own.
             momentum_eps: By how much of itself its momentum buffer is off after each step.
 
         Raises:
@@ -208,9 +210,6 @@ class Workload:
             torch.testing.assert_close(result, self._expected, rtol=tolerance, atol=tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name} does not make the reference's update: {error}") from error
-        if shares_buffers:
-            for param, buffer in zip(self.params, self.momentum_buffers, strict=True):
-                optimizer.state[param]["momentum_buffer"] = buffer
         return Candidate(name, step, threads)
 
     def _after_steps(self, optimizer: Optimizer, step: Step) -> list[Tensor]:

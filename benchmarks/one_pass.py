@@ -98,7 +98,6 @@ def run_momentum_dtype(case: Case, settings: Settings) -> dict[str, Any]:
             f"{NATIVE}, momentum in bfloat16",
             case.threads,
             lambda params: fused_sgdr(params, momentum_dtype=torch.bfloat16),
-            shares_buffers=False,
             momentum_eps=torch.finfo(torch.bfloat16).eps,
         ),
     ]

@@ -1,11 +1,13 @@
-// Notices whether a Python dict holds the same objects as before, in one walk and without hashing a
-// key.
+// Notices whether a Python dict holds the same objects as before, by its version or in one walk,
+// and without hashing a key.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <utility>
 #include <vector>
+
+#include "python_dict.h"
 
 namespace sgdr {
 
@@ -20,7 +22,9 @@ namespace py = pybind11;
 // another object.
 class DictSnapshot {
  public:
-  bool matches(PyObject* dict) const {
+  bool matches(PyObject* dict) {
+    const uint64_t version = version_of(dict);
+    if (version != 0 && version == version_) return true;
     if (PyDict_Size(dict) != static_cast<Py_ssize_t>(items_.size())) return false;
     Py_ssize_t position = 0;
     PyObject *key = nullptr, *value = nullptr;
@@ -28,6 +32,7 @@ class DictSnapshot {
       if (!PyDict_Next(dict, &position, &key, &value)) return false;
       if (key != seen_key.ptr() || value != seen_value.ptr()) return false;
     }
+    version_ = version;
     return true;
   }
 
@@ -39,6 +44,7 @@ class DictSnapshot {
       items_.emplace_back(py::reinterpret_borrow<py::object>(key),
                           py::reinterpret_borrow<py::object>(value));
     }
+    version_ = version_of(dict);
   }
 
   bool empty() const { return items_.empty(); }
@@ -54,12 +60,15 @@ class DictSnapshot {
 
   // Sets dict[key] to a value of ours, which is then no change.
   void store(PyObject* dict, size_t index, py::object value) {
+    const bool is_known = version_of(dict) == version_;
     if (PyDict_SetItem(dict, items_[index].first.ptr(), value.ptr()) != 0)
       throw py::error_already_set();
     items_[index].second = std::move(value);
+    version_ = is_known ? version_of(dict) : 0;
   }
 
  private:
+  uint64_t version_ = 0;  // of the dict that holds the items
   std::vector<std::pair<py::object, py::object>> items_;
 };
 

@@ -57,6 +57,15 @@ inline PyObject* find(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// Another number after each change of the dict; 0 where this Python does not tell.
+inline uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
 // Finds keys that are expected to be a dict's first ones, in the order in which they are asked for:
 // without hashing them then. The dict may be null.
 class FirstItems {

@@ -6,6 +6,8 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/Dtype.h>
 
+#include <algorithm>
+
 #include "tensor_kinds.h"
 
 namespace sgdr {
@@ -50,6 +52,7 @@ struct Stepper::Stepping {
     stepper.numel_ = 0;
     stepper.entries_.clear();
     stepper.entry_tensors_.clear();
+    stepper.also_written_.clear();
   }
   ~Stepping() {
     stepper.is_stepping_ = false;
@@ -110,7 +113,7 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
   Group& group = groups_[i];
   const size_t in_group = index - group.first_param;
   PyObject* param = PyList_GET_ITEM(group.params(), static_cast<Py_ssize_t>(in_group));
-  Slot slot{param, find(state.ptr(), param), index, {}, {}};
+  Slot slot{param, find(state.ptr(), param), index};
   if (group.on_gpu != nullptr) {
     if (!gather_on_gpu(group, &slot, in_group, in_group + 1, false)) return false;
     run_on_gpus(py::none(), py::none(), false);
@@ -254,6 +257,9 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
     group.ema_decay = number(dict, names::ema_decay());
   }
   group.master_weights = truth(dict, names::master_weights());
+  if (group.update.has_momentum()) group.roles |= bit_of(kMomentumBuffer);
+  if (group.averaging != Averaging::kNone) group.roles |= bit_of(kEma);
+  if (group.master_weights) group.roles |= bit_of(kMasterParam);
   group.maximize = truth(dict, names::maximize());
   group.reset_momentum = truth(dict, names::reset_momentum());
 
@@ -268,60 +274,84 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   return group;
 }
 
-void Stepper::Slot::remember(const at::TensorImpl* of_param, const at::TensorImpl* grad,
-                             const at::TensorImpl* buffer, const at::TensorImpl* ema) {
-  const auto storage = [](const at::TensorImpl* tensor) -> const void* {
-    return tensor->unsafe_storage().unsafeGetStorageImpl();
+// Looks the tensors of those roles up, if the dict has changed. False where something else is in
+// the place of one.
+bool Stepper::Slot::find_stored(uint32_t of_roles) {
+  if (state == nullptr) return true;
+  const uint64_t version = version_of(state);
+  if (version != 0 && version == state_version && of_roles == roles) return true;
+  state_version = 0;
+  FirstItems items(state);
+  for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
+    PyObject* found = (of_roles & bit_of(role)) != 0 ? items.find(name_of(role)) : nullptr;
+    if (found == nullptr || found == Py_None) {
+      stored[role].reset();
+    } else if (!THPVariable_Check(found)) {
+      return false;
+    } else if (!stored[role].is_same(THPVariable_Unpack(found))) {
+      stored[role] = THPVariable_Unpack(found);
+    }
+  }
+  roles = of_roles;
+  state_version = version;
+  return true;
+}
+
+void Stepper::Slot::remember(const Operands& operands) {
+  const auto storage = [](const at::Tensor& tensor) -> const void* {
+    return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   };
+  tensors = {operands.param->unsafeGetTensorImpl(), operands.grad->unsafeGetTensorImpl()};
   // A prefetch of nothing would cost more than one of the same line again.
-  if (buffer == nullptr) buffer = of_param;
-  if (ema == nullptr) ema = of_param;
-  tensors = {of_param, grad, buffer, ema};
-  others = {of_param->autograd_meta(), storage(of_param), storage(grad), storage(buffer),
-            storage(ema)};
+  others = {
+      tensors[0]->autograd_meta(), storage(*operands.param), storage(*operands.grad),
+      storage(operands.momentum_buffer == nullptr ? *operands.param : *operands.momentum_buffer),
+      storage(operands.ema == nullptr ? *operands.param : *operands.ema)};
 }
 
 // Inlined by force: a function that only prefetches has no effect in gcc's eyes, and a call of it
 // is dropped.
 [[gnu::always_inline]] inline void Stepper::Slot::prefetch() const {
-  __builtin_prefetch(param);
-  __builtin_prefetch(state);
-  // What is read of a tensor lies on three cache lines, four at times, of anything else on two at
-  // most.
-  for (const at::TensorImpl* tensor : tensors) {
+  // Of a tensor three cache lines are read, four at times, of anything else one, two at times.
+  const auto prefetch_tensor = [](const at::TensorImpl* tensor) __attribute__((always_inline)) {
     for (int offset = 16; offset < 192; offset += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(tensor) + offset);
+  };
+  constexpr int kMiddle = 32;
+  __builtin_prefetch(param);
+  __builtin_prefetch(reinterpret_cast<const char*>(state) + kMiddle);
+  for (const at::TensorImpl* tensor : tensors) prefetch_tensor(tensor);
+  for (const at::Tensor& tensor : stored) {
+    if (tensor.defined()) prefetch_tensor(tensor.unsafeGetTensorImpl());
   }
-  for (const void* object : others) {
-    for (int offset = 16; offset < 64; offset += 44)
-      __builtin_prefetch(static_cast<const char*>(object) + offset);
-  }
+  for (const void* object : others) __builtin_prefetch(static_cast<const char*>(object) + kMiddle);
 }
 
 // Looks every parameter's state up, which hashes it: the slow path.
 void Stepper::find_slots(PyObject* state) {
   state_.take(state);
   slots_.clear();
+  slot_params_.clear();
   for (const Group& group : groups_) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
-      slots_.push_back({param, find(state, param), static_cast<uint32_t>(slots_.size()), {}, {}});
+      slots_.push_back({param, find(state, param), static_cast<uint32_t>(slots_.size())});
+      slot_params_.push_back(param);
     }
   }
 }
 
 bool Stepper::has_slots_of_params() const {
-  size_t next = 0;
+  auto next = slot_params_.begin();
   for (const Group& group : groups_) {
-    PyObject* list = group.params();
-    const auto size = static_cast<size_t>(PyList_GET_SIZE(list));
-    if (next + size > slots_.size()) return false;
-    for (size_t i = 0; i < size; ++i, ++next) {
-      if (slots_[next].param != PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i))) return false;
-    }
+    PyObject* const list = group.params();
+    PyObject** const params = PySequence_Fast_ITEMS(list);
+    const Py_ssize_t size = PyList_GET_SIZE(list);
+    if (slot_params_.end() - next < size || !std::equal(params, params + size, next)) return false;
+    next += size;
   }
-  return next == slots_.size();
+  return next == slot_params_.end();
 }
 
 bool Stepper::gather(PyObject* state) {
@@ -350,10 +380,9 @@ bool Stepper::gather(PyObject* state) {
   if (!grad.defined()) return true;
 
   Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
-  const bool has_more = group.averaging != Averaging::kNone || group.master_weights;
-  FirstItems stored(slot.state);
+  if (!slot.find_stored(group.roles)) return false;
   if (group.update.has_momentum()) {
-    operands.momentum_buffer = stored_tensor(stored, kMomentumBuffer);
+    operands.momentum_buffer = slot.tensor(kMomentumBuffer);
     if (operands.momentum_buffer == nullptr) {
       operands.first_step = true;
       const at::ScalarType dtype =
@@ -363,61 +392,47 @@ bool Stepper::gather(PyObject* state) {
       operands.momentum_buffer =
           &new_tensor(slot, kMomentumBuffer, group.momentum_dtype.value_or(dtype));
     }
-    if (!operands.momentum_buffer->defined()) return false;
   }
-  if (has_more && !gather_more(group, slot, stored, operands)) return false;
+  if ((group.averaging != Averaging::kNone || group.master_weights) &&
+      !gather_more(group, slot, operands))
+    return false;
 
-  const auto impl = [](const at::Tensor* tensor) {
-    return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
-  };
-  slot.remember(impl(&param), impl(&grad), impl(operands.momentum_buffer), impl(operands.ema));
+  slot.remember(operands);
   return add_entry(operands) || add_unusual(operands);
-}
-
-// Null where there is none; undefined where something else is in its place.
-const at::Tensor* Stepper::stored_tensor(FirstItems& stored, Role role) {
-  static const at::Tensor undefined;
-  PyObject* tensor = stored.find(name_of(role));
-  if (tensor == nullptr || tensor == Py_None) return nullptr;
-  return THPVariable_Check(tensor) ? &THPVariable_Unpack(tensor) : &undefined;
 }
 
 // Of the parameter's shape, without content; goes into state when the step has been taken.
 [[gnu::noinline]] const at::Tensor& Stepper::new_tensor(const Slot& slot, Role role,
                                                         at::ScalarType dtype) {
-  const c10::InferenceMode off(false);
   const at::Tensor& param = THPVariable_Unpack(slot.param);
-  new_state_.push_back(
-      {slot.param, role, at::empty_like(param, param.options().dtype(dtype)), nullptr});
+  new_state_.push_back({slot.param, role, state_memory_.empty_like(param, dtype), nullptr});
   return new_state_.back().tensor;
 }
 
 // The average and the master copy.
-[[gnu::noinline]] bool Stepper::gather_more(const Group& group, Slot& slot, FirstItems& stored,
+[[gnu::noinline]] bool Stepper::gather_more(const Group& group, const Slot& slot,
                                             Operands& operands) {
   const at::Tensor& param = *operands.param;
   const bool is_half = element_size(element_type(*param.unsafeGetTensorImpl())) == 2;
   if (group.master_weights && is_half) {
     operands.low_precision_param = &param;
-    operands.param = stored_tensor(stored, kMasterParam);
+    operands.param = slot.tensor(kMasterParam);
     if (operands.param == nullptr) {
       operands.new_master = true;
       operands.param = &new_tensor(slot, kMasterParam, at::kFloat);
     }
-    if (!operands.param->defined()) return false;
   }
   if (group.averaging == Averaging::kNone) return true;
   const bool is_equal = group.averaging == Averaging::kEqual;
   // On a GPU the kernel knows where the schedule stands.
   if (is_equal && group.on_gpu == nullptr && !ends_cycle(group.schedule, group.position))
     return true;
-  operands.ema = stored_tensor(stored, kEma);
+  operands.ema = slot.tensor(kEma);
   const bool is_new = operands.ema == nullptr;
   if (is_new) {
     const at::ScalarType dtype = param.scalar_type();
     operands.ema = &new_tensor(slot, kEma, is_half ? at::kFloat : dtype);
   }
-  if (!operands.ema->defined()) return false;
   if (!is_equal) {
     operands.ema_decay = is_new ? 0 : group.ema_decay;
   } else if (group.on_gpu == nullptr) {
@@ -475,7 +490,10 @@ bool Stepper::add_entry(const Operands& operands) {
                         .first_step = operands.first_step,
                         .new_master = operands.new_master});
   numel_ += param->numel();
-  entry_tensors_.push_back({param, buffer, ema, low_precision, grad});
+  entry_tensors_.push_back({param, grad});
+  for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
+    if (tensor != nullptr && !state_memory_.counts_for(*tensor)) also_written_.push_back(tensor);
+  }
   return true;
 }
 
@@ -554,14 +572,16 @@ FusedStep Stepper::host_step() const {
 
 // Others may drop tensors while the GIL is released.
 void Stepper::keep_tensors_alive() {
-  for (const EntryTensors& tensors : entry_tensors_) {
-    for (at::TensorImpl* tensor : tensors) {
-      if (tensor == nullptr) continue;
-      kept_alive_.emplace_back(
-          c10::intrusive_ptr<at::TensorImpl,
-                             c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
-    }
+  const auto keep = [&](at::TensorImpl* tensor) {
+    kept_alive_.emplace_back(
+        c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(
+            tensor));
+  };
+  for (const auto& [param, grad] : entry_tensors_) {
+    keep(param);
+    keep(grad);
   }
+  for (at::TensorImpl* tensor : also_written_) keep(tensor);
 }
 
 void Stepper::run() {
@@ -575,16 +595,21 @@ void Stepper::run() {
     fused_step_cpu(host_step());
   }
   for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
+  bump_versions();
+}
+
+void Stepper::bump_versions() {
+  if (entry_tensors_.empty()) return;
+  state_memory_.bump_version();
   for (size_t i = 0; i < entry_tensors_.size(); ++i) {
-    if (i + kAhead < entry_tensors_.size()) {
-      __builtin_prefetch(entry_tensors_[i + kAhead][0]);
-      __builtin_prefetch(entry_tensors_[i + kAhead][1]);
-    }
-    const EntryTensors& tensors = entry_tensors_[i];
-    tensors[0]->bump_version();
-    if (tensors[1] != nullptr) tensors[1]->bump_version();
-    if (tensors[2] != nullptr) tensors[2]->bump_version();
-    if (tensors[3] != nullptr) tensors[3]->bump_version();
+    if (i + kAhead < entry_tensors_.size())
+      __builtin_prefetch(&entry_tensors_[i + kAhead].param->version_counter());
+    entry_tensors_[i].param->bump_version();
+  }
+  for (size_t i = 0; i < also_written_.size(); ++i) {
+    if (i + kAhead < also_written_.size())
+      __builtin_prefetch(&also_written_[i + kAhead]->version_counter());
+    also_written_[i]->bump_version();
   }
 }
 

@@ -14,6 +14,7 @@
 #include "dict_snapshot.h"
 #include "fused_step.h"
 #include "python_dict.h"
+#include "state_memory.h"
 
 namespace sgdr {
 
@@ -49,6 +50,7 @@ class Stepper {
   // The tensors that a parameter has in state.
   enum Role : size_t { kMomentumBuffer, kEma, kMasterParam, kRoles };
   static PyObject* name_of(Role role);
+  static constexpr uint32_t bit_of(Role role) { return 1u << role; }
 
   // A parameter of a group on a GPU, and the tensors in its state that its flags are about: null
   // where there is none yet, and the flag is set. Weak pointers, so that the address cannot come to
@@ -82,6 +84,7 @@ class Stepper {
     double ema_decay = 0;
     std::optional<at::ScalarType> momentum_dtype;
     bool master_weights = false;
+    uint32_t roles = 0;  // of the tensors that its parameters have in state, as a bit each
     bool maximize = false;
     bool reset_momentum = false;
     uint32_t first_param = 0;       // its first parameter's place among those of all groups
@@ -90,20 +93,6 @@ class Stepper {
     PyObject* params() const { return items.value(params_index).ptr(); }
     bool is_where_its_params_are() const;
   };
-  // A parameter and its dict in state, borrowed: the snapshots own them.
-  struct Slot {
-    PyObject* param;
-    PyObject* state;
-    uint32_t index;  // among the parameters of all groups
-    // What the last step read for it. A hint: prefetched, never followed.
-    std::array<const at::TensorImpl*, 4> tensors;
-    std::array<const void*, 5> others;
-
-    void remember(const at::TensorImpl* of_param, const at::TensorImpl* grad,
-                  const at::TensorImpl* buffer, const at::TensorImpl* ema);
-    void prefetch() const;
-  };
-  static constexpr size_t kAhead = 3;
   // A parameter, its gradient and its state, and what else its entry says.
   struct Operands {
     const at::Tensor* param;  // the master copy, where there is one
@@ -117,8 +106,30 @@ class Stepper {
     bool first_step = false;
     bool new_master = false;
   };
-  // The tensors of one entry, or null; all but the last are written.
-  using EntryTensors = std::array<at::TensorImpl*, 5>;
+  // A parameter and its dict in state, borrowed (the snapshots own them), and the tensors in it.
+  struct Slot {
+    PyObject* param;
+    PyObject* state;
+    uint32_t index;              // among the parameters of all groups
+    uint32_t roles = 0;          // that were looked for in the state, a bit each
+    uint64_t state_version = 0;  // then; 0: not known
+    std::array<at::Tensor, kRoles> stored = {};
+    // What the last step read besides. A hint: prefetched, never followed.
+    std::array<const at::TensorImpl*, 2> tensors = {};
+    std::array<const void*, 5> others = {};
+
+    bool find_stored(uint32_t of_roles);
+    const at::Tensor* tensor(Role role) const {
+      return stored[role].defined() ? &stored[role] : nullptr;
+    }
+    void remember(const Operands& operands);
+    void prefetch() const;
+  };
+  static constexpr size_t kAhead = 3;
+  struct ParamAndGrad {
+    at::TensorImpl* param;
+    at::TensorImpl* grad;
+  };
   struct NewState {
     PyObject* param;
     Role role;
@@ -152,13 +163,13 @@ class Stepper {
   static Group read_group(PyObject* dict, bool is_on_host);
   void find_slots(PyObject* state);
   bool has_slots_of_params() const;
+  void bump_versions();
   bool gather(PyObject* state);
   // Of the parameters [first, last) of a group, whose slots begin with the one given.
   bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   bool gather_param(const Group& group, uint32_t index, Slot& slot);
-  bool gather_more(const Group& group, Slot& slot, FirstItems& stored, Operands& operands);
-  static const at::Tensor* stored_tensor(FirstItems& stored, Role role);
+  bool gather_more(const Group& group, const Slot& slot, Operands& operands);
   const at::Tensor& new_tensor(const Slot& slot, Role role, at::ScalarType dtype);
   bool add_entry(const Operands& operands);
   bool add_unusual(const Operands& operands);
@@ -180,7 +191,9 @@ class Stepper {
   void store_new_state(const py::dict& state);
   void advance_group(Group& group, PyObject* dict, const py::dict& state);
 
-  bool is_plain(const at::TensorImpl& tensor) const { return tensor.key_set() == plain_keys_; }
+  bool is_plain(const at::TensorImpl& tensor) const {
+    return tensor.key_set() == plain_keys_ && (device_.is_cpu() || tensor.device() == device_);
+  }
 
   c10::DispatchKeySet host_keys_;
   // Of the group whose tensors are being gathered.
@@ -196,7 +209,9 @@ class Stepper {
   py::object grad_norm_ = py::none();
   std::vector<Group> groups_;
   DictSnapshot state_;
+  StateMemory state_memory_;
   std::vector<Slot> slots_;
+  std::vector<PyObject*> slot_params_;  // side by side, to be compared at once
   bool is_stepping_ = false;
   // Clears what is of the step under way only, whose beginning it marks.
   struct Stepping;
@@ -205,7 +220,8 @@ class Stepper {
   // Of the step under way; members so that their memory is kept.
   int64_t numel_ = 0;
   std::vector<TensorEntry> entries_;
-  std::vector<EntryTensors> entry_tensors_;
+  std::vector<ParamAndGrad> entry_tensors_;
+  std::vector<at::TensorImpl*> also_written_;  // which count their versions by themselves
   std::vector<GroupStep> group_steps_;
   std::vector<GpuStep> gpu_steps_;
   std::deque<NewState> new_state_;  // whose elements do not move

@@ -116,9 +116,6 @@ bool Stepper::gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last
     const size_t created = new_state_.size();
     if (!gather_param(group, index, slot)) return false;
     if (entry_tensors_.size() == gathered) continue;
-    for (const at::TensorImpl* tensor : entry_tensors_.back()) {
-      if (tensor != nullptr && tensor->device() != device_) return false;
-    }
     step.param_indices.push_back(static_cast<uint32_t>(i));
     for (size_t j = created; j < new_state_.size(); ++j) {
       new_state_[j].tracked = &on_gpu.params[i];

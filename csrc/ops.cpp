@@ -101,7 +101,7 @@ class Entries {
 
  private:
   at::Tensor laid_out(const at::Tensor& tensor, const at::Tensor& other, bool is_written) {
-    if (is_alike(*other.unsafeGetTensorImpl(), *tensor.unsafeGetTensorImpl())) {
+    if (Layout(*other.unsafeGetTensorImpl()).is_of(*tensor.unsafeGetTensorImpl())) {
       kept_alive_.push_back(tensor);
       return tensor;
     }

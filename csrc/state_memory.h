@@ -21,9 +21,8 @@ class StateMemory {
   at::Tensor empty_like(const at::Tensor& param, at::ScalarType dtype) {
     const c10::InferenceMode off(false);
     at::Tensor tensor = at::empty_like(param, param.options().dtype(dtype));
-    const auto size = static_cast<int64_t>(tensor.nbytes());
-    if (param.is_cpu() && tensor.unsafeGetTensorImpl()->key_set() == plain_keys_ && size > 0 &&
-        size <= kSmall) {
+    if (tensor.unsafeGetTensorImpl()->key_set() == plain_keys_ && is_small(tensor)) {
+      const auto size = static_cast<int64_t>(tensor.nbytes());
       if (!block_.defined() || used_ + size > kBlock) {
         block_ = at::empty({kBlock}, at::kByte);
         used_ = 0;
@@ -34,6 +33,17 @@ class StateMemory {
     }
     tensor.unsafeGetTensorImpl()->set_version_counter(version_);
     return tensor;
+  }
+
+  // The tensor, or a copy of it, as if it had been made here; of a subclass, a shard for one, and
+  // on a GPU it is left as it is.
+  at::Tensor keep(const at::Tensor& tensor) {
+    if (tensor.unsafeGetTensorImpl()->key_set() != plain_keys_) return tensor;
+    if (!is_small(tensor)) {
+      tensor.unsafeGetTensorImpl()->set_version_counter(version_);
+      return tensor;
+    }
+    return empty_like(tensor, tensor.scalar_type()).copy_(tensor);
   }
 
   // Whether bump_version() counts for the tensor.
@@ -49,6 +59,11 @@ class StateMemory {
   static constexpr int64_t kBlock = 1 << 16;
   static constexpr int64_t kSmall = 1 << 12;
   static constexpr int64_t kAlignment = 64;
+  static_assert(kBlock % kAlignment == 0);
+
+  static bool is_small(const at::Tensor& tensor) {
+    return tensor.numel() > 0 && static_cast<int64_t>(tensor.nbytes()) <= kSmall;
+  }
 
   c10::DispatchKeySet plain_keys_ = plain_keys();
   at::Tensor block_;

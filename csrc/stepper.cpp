@@ -274,12 +274,15 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   return group;
 }
 
-// Looks the tensors of those roles up, if the dict has changed. False where something else is in
-// the place of one.
-bool Stepper::Slot::find_stored(uint32_t of_roles) {
+// Whether the tensors of those roles are what the state holds now.
+[[gnu::always_inline]] inline bool Stepper::Slot::is_current(uint32_t of_roles) const {
   if (state == nullptr) return true;
   const uint64_t version = version_of(state);
-  if (version != 0 && version == state_version && of_roles == roles) return true;
+  return version != 0 && version == state_version && of_roles == roles;
+}
+
+// False where something else than a tensor is in the place of one.
+[[gnu::noinline]] bool Stepper::Slot::find_stored(uint32_t of_roles) {
   state_version = 0;
   FirstItems items(state);
   for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
@@ -293,11 +296,11 @@ bool Stepper::Slot::find_stored(uint32_t of_roles) {
     }
   }
   roles = of_roles;
-  state_version = version;
+  state_version = version_of(state);
   return true;
 }
 
-void Stepper::Slot::remember(const Operands& operands) {
+[[gnu::always_inline]] inline void Stepper::Slot::remember(const Operands& operands) {
   const auto storage = [](const at::Tensor& tensor) -> const void* {
     return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   };
@@ -373,14 +376,58 @@ bool Stepper::gather(PyObject* state) {
   return true;
 }
 
-[[gnu::flatten]] bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
+// Adds an entry if all its tensors are plain, of a type we know and alike in layout.
+[[gnu::always_inline]] inline bool Stepper::add_entry(const Operands& operands) {
+  const size_t also_written = also_written_.size();
+  at::TensorImpl* const param = operands.param->unsafeGetTensorImpl();
+  if (!is_plain(*param)) return false;
+  const ElementType param_type = element_type(*param);
+  TensorEntry entry{.param = data_of(*param, true, element_size(param_type)),
+                    .numel = param->numel(),
+                    .ema_decay = operands.ema_decay,
+                    .group = operands.group,
+                    .param_index = operands.param_index,
+                    .param_type = param_type,
+                    .momentum_type = param_type,
+                    .first_step = operands.first_step,
+                    .new_master = operands.new_master};
+  bool fits = param_type != ElementType::kNone;
+  const Layout layout(*param);
+  const auto add = [&](const at::Tensor* of_entry, bool is_written, ElementType& type)
+                       __attribute__((always_inline)) -> void* {
+    if (of_entry == nullptr) return nullptr;
+    at::TensorImpl* const tensor = of_entry->unsafeGetTensorImpl();
+    type = element_type(*tensor);
+    fits = fits && type != ElementType::kNone && is_plain(*tensor) && layout.is_of(*tensor);
+    if (!fits) return nullptr;
+    if (is_written && !state_memory_.counts_for(*tensor)) also_written_.push_back(tensor);
+    return data_of(*tensor, is_written, element_size(type));
+  };
+  ElementType ema_type = arithmetic_type(param_type);
+  entry.grad = add(operands.grad, false, entry.grad_type);
+  entry.momentum_buffer = add(operands.momentum_buffer, true, entry.momentum_type);
+  entry.ema = add(operands.ema, true, ema_type);
+  entry.low_precision_param = add(operands.low_precision_param, true, entry.low_precision_type);
+  fits = fits && ema_type == arithmetic_type(param_type) &&
+         (entry.low_precision_param == nullptr || param_type == ElementType::kFloat);
+  if (!fits) {
+    also_written_.resize(also_written);
+    return false;
+  }
+  gathered_->push_back(entry);
+  numel_ += entry.numel;
+  entry_tensors_.push_back({param, operands.grad->unsafeGetTensorImpl()});
+  return true;
+}
+
+bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   if (!THPVariable_Check(slot.param)) return false;
   const at::Tensor& param = THPVariable_Unpack(slot.param);
   const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
   if (!grad.defined()) return true;
 
   Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
-  if (!slot.find_stored(group.roles)) return false;
+  if (!slot.is_current(group.roles) && !slot.find_stored(group.roles)) return false;
   if (group.update.has_momentum()) {
     operands.momentum_buffer = slot.tensor(kMomentumBuffer);
     if (operands.momentum_buffer == nullptr) {
@@ -440,59 +487,6 @@ bool Stepper::gather(PyObject* state) {
     const int64_t n_averaged = counted == nullptr ? 0 : py::cast<int64_t>(py::handle(counted));
     operands.ema_decay = decay_of_equal_average(n_averaged);
     averaged_.push_back({slot.param, n_averaged + 1});
-  }
-  return true;
-}
-
-// Adds an entry if all its tensors are plain, of a type we know and alike in layout.
-bool Stepper::add_entry(const Operands& operands) {
-  at::TensorImpl* const param = operands.param->unsafeGetTensorImpl();
-  const ElementType param_type = element_type(*param);
-  if (param_type == ElementType::kNone || !is_plain(*param)) return false;
-  const auto impl_of = [](const at::Tensor* tensor) {
-    return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
-  };
-  at::TensorImpl* const grad = operands.grad->unsafeGetTensorImpl();
-  at::TensorImpl* const buffer = impl_of(operands.momentum_buffer);
-  at::TensorImpl* const ema = impl_of(operands.ema);
-  at::TensorImpl* const low_precision = impl_of(operands.low_precision_param);
-  const auto fits = [&](const at::TensorImpl* tensor) {
-    return is_plain(*tensor) && is_alike(*param, *tensor);
-  };
-  const ElementType grad_type = element_type(*grad);
-  const ElementType momentum_type = buffer == nullptr ? param_type : element_type(*buffer);
-  if (grad_type == ElementType::kNone || momentum_type == ElementType::kNone) return false;
-  if (!fits(grad) || (buffer != nullptr && !fits(buffer))) return false;
-  if (ema != nullptr && (!fits(ema) || element_type(*ema) != arithmetic_type(param_type)))
-    return false;
-  if (low_precision != nullptr && (!fits(low_precision) || param_type != ElementType::kFloat))
-    return false;
-
-  const auto data = [](const at::TensorImpl* tensor, bool is_written) -> char* {
-    return tensor == nullptr ? nullptr
-                             : data_of(*tensor, is_written, element_size(element_type(*tensor)));
-  };
-  gathered_->push_back({.param = data(param, true),
-                        .grad = data(grad, false),
-                        .momentum_buffer = data(buffer, true),
-                        .ema = data(ema, true),
-                        .low_precision_param = data(low_precision, true),
-                        .numel = param->numel(),
-                        .ema_decay = operands.ema_decay,
-                        .group = operands.group,
-                        .param_index = operands.param_index,
-                        .param_type = param_type,
-                        .grad_type = grad_type,
-                        .momentum_type = momentum_type,
-                        .low_precision_type = low_precision == nullptr
-                                                  ? ElementType::kNone
-                                                  : element_type(*low_precision),
-                        .first_step = operands.first_step,
-                        .new_master = operands.new_master});
-  numel_ += param->numel();
-  entry_tensors_.push_back({param, grad});
-  for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
-    if (tensor != nullptr && !state_memory_.counts_for(*tensor)) also_written_.push_back(tensor);
   }
   return true;
 }
@@ -559,7 +553,7 @@ at::Tensor Stepper::to_plain(const at::Tensor& tensor, const at::Tensor& param) 
 at::Tensor Stepper::to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
                                  bool is_written) {
   if (!tensor.sizes().equals(other.sizes())) return {};
-  if (is_alike(*other.unsafeGetTensorImpl(), *tensor.unsafeGetTensorImpl())) return tensor;
+  if (Layout(*other.unsafeGetTensorImpl()).is_of(*tensor.unsafeGetTensorImpl())) return tensor;
   const at::Tensor copy = copy_in_layout_of(tensor, other);
   if (is_written) copy_back_.push_back({tensor, copy});
   kept_alive_.push_back(copy);

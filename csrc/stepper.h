@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <array>
 #include <deque>
@@ -30,6 +31,12 @@ class Stepper {
 
   // Takes over what has changed in the groups and their state since they were last seen.
   void sync(const py::list& param_groups, const py::dict& state);
+
+  // A tensor for the state, as if the step had made it: see Note [State side by side].
+  at::Tensor keep(const at::Tensor& tensor) {
+    const at::NoGradGuard no_grad;
+    return state_memory_.keep(tensor);
+  }
 
   // None: no limit.
   void set_clipping(std::optional<double> max_grad_norm, bool skip_nonfinite);
@@ -118,6 +125,7 @@ class Stepper {
     std::array<const at::TensorImpl*, 2> tensors = {};
     std::array<const void*, 5> others = {};
 
+    bool is_current(uint32_t of_roles) const;
     bool find_stored(uint32_t of_roles);
     const at::Tensor* tensor(Role role) const {
       return stored[role].defined() ? &stored[role] : nullptr;

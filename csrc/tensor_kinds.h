@@ -14,7 +14,7 @@
 
 namespace sgdr {
 
-inline ElementType element_type(const at::TensorImpl& tensor) {
+[[gnu::always_inline]] inline ElementType element_type(const at::TensorImpl& tensor) {
   static constexpr auto kTypes = [] {
     std::array<ElementType, static_cast<size_t>(at::ScalarType::NumOptions)> types{};
     types.fill(ElementType::kNone);
@@ -33,7 +33,7 @@ inline c10::DispatchKeySet plain_keys() {
   return at::empty({0}).unsafeGetTensorImpl()->key_set();
 }
 
-inline bool is_equal(at::IntArrayRef a, at::IntArrayRef b) {
+[[gnu::always_inline]] inline bool is_equal(at::IntArrayRef a, at::IntArrayRef b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {
     if (a[i] != b[i]) return false;
@@ -41,12 +41,24 @@ inline bool is_equal(at::IntArrayRef a, at::IntArrayRef b) {
   return true;
 }
 
-// The two hold the same elements in the same order of memory, without gaps.
-inline bool is_alike(const at::TensorImpl& param, const at::TensorImpl& other) {
-  if (!is_equal(param.sizes(), other.sizes())) return false;
-  if (param.is_contiguous()) return other.is_contiguous();
-  return param.is_non_overlapping_and_dense() && is_equal(param.strides(), other.strides());
-}
+// How a tensor's elements lie in memory.
+class Layout {
+ public:
+  explicit Layout(const at::TensorImpl& tensor)
+      : tensor_(tensor), sizes_(tensor.sizes()), is_contiguous_(tensor.is_contiguous()) {}
+
+  // Whether the other tensor has the same elements in the same order of memory, without gaps.
+  [[gnu::always_inline]] bool is_of(const at::TensorImpl& other) const {
+    if (!is_equal(sizes_, other.sizes())) return false;
+    if (is_contiguous_) return other.is_contiguous();
+    return tensor_.is_non_overlapping_and_dense() && is_equal(tensor_.strides(), other.strides());
+  }
+
+ private:
+  const at::TensorImpl& tensor_;
+  at::IntArrayRef sizes_;
+  bool is_contiguous_;
+};
 
 // The same elements in the order in which another tensor of that shape has them.
 inline at::Tensor copy_in_layout_of(const at::Tensor& tensor, const at::Tensor& other) {
@@ -63,7 +75,8 @@ inline const at::Tensor& grad_of(const at::TensorImpl& param) {
 }
 
 // Of a plain tensor, that is: it has a storage, and its type is known.
-inline char* data_of(const at::TensorImpl& tensor, bool is_written, size_t element_size) {
+[[gnu::always_inline]] inline char* data_of(const at::TensorImpl& tensor, bool is_written,
+                                            size_t element_size) {
   at::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
   // What mutable_data() does, without the second cache line on which its flags are.
   const at::DataPtr& pointer = storage->_mutable_data_ptr_no_checks();

@@ -619,14 +619,16 @@ class FusedSGDR(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state over, from pickle or ``load_state_dict``; an error changes nothing."""
+        stepper = None
         if "param_groups" in self.__dict__:
-            state = self._adopted(state)
+            stepper = self._new_stepper()
+            state = self._adopted(state, stepper.keep)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
-        self._stepper = self._new_stepper()
+        self._stepper = self._new_stepper() if stepper is None else stepper
         self._sync()
 
-    def _adopted(self, loaded: dict[str, Any]) -> dict[str, Any]:
+    def _adopted(self, loaded: dict[str, Any], keep: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """A loaded state, checked, and completed from our own groups where it is an SGD's."""
         groups = []
         for i, (own, saved) in enumerate(
@@ -660,7 +662,8 @@ class FusedSGDR(Optimizer):
             for role, dtype in dtypes_of_state(of_group, param).items():
                 if role in of_param:
                     saved = self._as_saved(param, role, of_param[role], name)
-                    of_param[role] = placed_like(param, saved.to(param.device, dtype, copy=True))
+                    own = saved.to(param.device, dtype, copy=True)
+                    of_param[role] = keep(placed_like(param, own))
             state[param] = of_param
         return {"state": state, "param_groups": groups}
 

@@ -300,6 +300,12 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   return true;
 }
 
+// So that what is taken out of the state of a parameter that is stepped no more is freed.
+[[gnu::always_inline]] inline void Stepper::Slot::forget() {
+  state_version = 0;
+  for (at::Tensor& tensor : stored) tensor.reset();
+}
+
 [[gnu::always_inline]] inline void Stepper::Slot::remember(const Operands& operands) {
   const auto storage = [](const at::Tensor& tensor) -> const void* {
     return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
@@ -424,7 +430,10 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   if (!THPVariable_Check(slot.param)) return false;
   const at::Tensor& param = THPVariable_Unpack(slot.param);
   const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
-  if (!grad.defined()) return true;
+  if (!grad.defined()) {
+    slot.forget();
+    return true;
+  }
 
   Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
   if (!slot.is_current(group.roles) && !slot.find_stored(group.roles)) return false;

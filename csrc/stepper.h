@@ -127,6 +127,7 @@ class Stepper {
 
     bool is_current(uint32_t of_roles) const;
     bool find_stored(uint32_t of_roles);
+    void forget();
     const at::Tensor* tensor(Role role) const {
       return stored[role].defined() ? &stored[role] : nullptr;
     }

@@ -1,0 +1,198 @@
+"""Tensors of the state lie side by side where they are small, and count their versions together."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from pair import copies_of, give_gradients, make_params
+
+from sgdr_fused import FusedSGDR
+
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 3, "ema_decay": 0.9}
+SIZES = (0, 1, 15, 16, 17, 63, 64, 65, 1003, 1024, 1025, 5000)
+
+
+def make(backend="native", sizes=SIZES, **options):
+    params = make_params(sizes)
+    optimizer = FusedSGDR(params, backend=backend, **OPTIONS | options)
+    step(optimizer, params, 0)
+    return optimizer, params
+
+
+def step(optimizer, params, seed):
+    give_gradients(seed, params)
+    optimizer.step()
+
+
+def tensors_of(optimizer):
+    return [tensor for of_param in optimizer.state.values() for tensor in of_param.values()]
+
+
+def storages(tensors):
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def assert_apart(tensors):
+    """No byte belongs to two of them."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
+    for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+        assert end <= begin
+
+
+def test_small_state_lies_side_by_side():
+    optimizer, _ = make(sizes=[64] * 100)
+    tensors = tensors_of(optimizer)
+    assert len(tensors) == 200
+    assert len(storages(tensors)) == 1
+    assert_apart(tensors)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+def test_a_full_block_is_followed_by_another():
+    optimizer, params = make(sizes=[1003] * 40)
+    assert 4 < len(storages(tensors_of(optimizer))) < 8
+    assert_apart(tensors_of(optimizer))
+    of_reference = copies_of(params)
+    reference = FusedSGDR(of_reference, backend="reference", **OPTIONS)
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(1, 8):
+        give_gradients(seed, params, of_reference)
+        optimizer.step()
+        reference.step()
+    for ours, theirs in zip(params, of_reference, strict=True):
+        assert torch.equal(ours, theirs)
+        for role in ("momentum_buffer", "ema"):
+            assert torch.equal(optimizer.state[ours][role], reference.state[theirs][role])
+
+
+def test_large_state_has_memory_of_its_own():
+    optimizer, params = make()
+    for param in params:
+        buffer = optimizer.state[param]["momentum_buffer"]
+        is_alone = buffer.untyped_storage().nbytes() == buffer.nbytes
+        assert is_alone == (param.numel() == 0 or param.numel() > 1024)
+    assert_apart([*tensors_of(optimizer), *params])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+def test_small_state_of_every_dtype_and_layout(dtype, layout):
+    params = [layout(torch.ones(2, 3, 4, 5, dtype=dtype)).requires_grad_() for _ in range(3)]
+    optimizer = FusedSGDR(params, **OPTIONS, master_weights=dtype.itemsize == 2, backend="native")
+    for seed in range(4):
+        step(optimizer, params, seed)
+    tensors = tensors_of(optimizer)
+    assert len(storages(tensors)) == 1
+    assert_apart(tensors)
+    for param in params:
+        for tensor in optimizer.state[param].values():
+            assert tensor.shape == param.shape
+            assert tensor.stride() == torch.empty_like(param).stride()
+
+
+def test_loaded_state_lies_side_by_side_too():
+    optimizer, params = make(sizes=[64] * 20)
+    saved = optimizer.state_dict()
+    resumed = copies_of(params)
+    again = FusedSGDR(resumed, backend="native", **OPTIONS)
+    again.load_state_dict(saved)
+    tensors = tensors_of(again)
+    assert len(storages(tensors)) == 1
+    assert_apart(tensors + tensors_of(optimizer))
+    for ours, theirs in zip(params, resumed, strict=True):
+        for role in ("momentum_buffer", "ema"):
+            assert torch.equal(optimizer.state[ours][role], again.state[theirs][role])
+
+
+def test_a_saved_state_is_not_larger_for_it():
+    optimizer, _ = make(sizes=[64] * 500)
+    of_reference, _ = make("reference", sizes=[64] * 500)
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    torch.save(optimizer.state_dict(), ours)
+    torch.save(of_reference.state_dict(), theirs)
+    assert len(ours.getvalue()) < len(theirs.getvalue()) + (1 << 16)
+
+
+def test_a_copied_optimizer_has_memory_of_its_own():
+    optimizer, params = make(sizes=[64] * 3)
+    twin = copy.deepcopy(optimizer)
+    before = [tensor.clone() for tensor in tensors_of(optimizer)]
+    of_twin = twin.param_groups[0]["params"]
+    step(twin, of_twin, 1)
+    assert all(map(torch.equal, tensors_of(optimizer), before))
+    step(optimizer, params, 1)
+    assert all(map(torch.equal, tensors_of(optimizer), tensors_of(twin)))
+
+
+@pytest.mark.parametrize("role", ["momentum_buffer", "ema"])
+@pytest.mark.parametrize("size", [64, 5000])
+@pytest.mark.parametrize("whose", ["made by the step", "loaded", "the user's"])
+def test_autograd_notices_that_a_state_tensor_was_written(role, size, whose, backend):
+    """Saved for backward(), then changed by a step: an error, not a wrong gradient."""
+    optimizer, params = make(backend, sizes=[size])
+    of_param = optimizer.state[params[0]]
+    if whose == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+        of_param = optimizer.state[params[0]]
+    elif whose == "the user's":
+        of_param[role] = of_param[role].clone()
+    weight = torch.ones(size, requires_grad=True)
+    loss = (weight * of_param[role]).sum()
+    step(optimizer, params, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_state_of_a_frozen_parameter_is_freed_when_it_is_removed(backend):
+    optimizer, params = make(backend, sizes=[64, 5000])
+    step(optimizer, params, 1)
+    removed = [weakref.ref(of["momentum_buffer"]) for of in optimizer.state.values()]
+    for param in params:
+        optimizer.state[param].clear()
+        param.grad = None
+    optimizer.step()
+    gc.collect()
+    assert [ref() for ref in removed] == [None, None]
+
+
+def test_a_state_tensor_pointed_at_other_memory_is_followed(backend):
+    optimizer, params = make(backend, sizes=[64])
+    twin = copy.deepcopy(optimizer)
+    buffer = optimizer.state[params[0]]["momentum_buffer"]
+    buffer.data = buffer.detach().clone()
+    of_twin = twin.param_groups[0]["params"]
+    for seed in range(1, 4):
+        step(optimizer, params, seed)
+        step(twin, of_twin, seed)
+    assert optimizer.state[params[0]]["momentum_buffer"] is buffer
+    assert torch.equal(params[0], of_twin[0])
+    assert torch.equal(buffer, twin.state[of_twin[0]]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("of", ["param", "momentum_buffer", "ema"])
+def test_a_lazy_clone_keeps_its_values(of, backend):
+    """Copy on write: the clone shares the memory until the step writes."""
+    optimizer, params = make(backend, sizes=[64])
+    tensor = params[0].detach() if of == "param" else optimizer.state[params[0]][of]
+    clone = torch._lazy_clone(tensor)
+    before = tensor.clone()
+    step(optimizer, params, 1)
+    assert torch.equal(clone, before)
+    assert not torch.equal(tensor, before)
+
+
+def test_swapped_parameters_are_followed(backend):
+    """torch.utils.swap_tensors, by which module.to() may exchange what a parameter is."""
+    optimizer, params = make(backend, sizes=[64, 64])
+    step(optimizer, params, 1)
+    for param in params:
+        param.grad = None
+    other = torch.full([64], 2.0, requires_grad=True)
+    torch.utils.swap_tensors(params[0], other)
+    assert params[0][0].item() == 2
+    kept = other.detach().clone()
+    step(optimizer, params, 2)
+    assert torch.equal(other, kept)
+    assert params[0][0].item() != 2

@@ -662,8 +662,8 @@ class FusedSGDR(Optimizer):
             for role, dtype in dtypes_of_state(of_group, param).items():
                 if role in of_param:
                     saved = self._as_saved(param, role, of_param[role], name)
-                    own = saved.to(param.device, dtype, copy=True)
-                    of_param[role] = keep(placed_like(param, own))
+                    copied = saved.to(param.device, dtype, copy=True)
+                    of_param[role] = keep(placed_like(param, copied))
             state[param] = of_param
         return {"state": state, "param_groups": groups}
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def storages(tensors):
 def assert_apart(tensors):
     """No byte belongs to two of them."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
-    for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (begin, _) in pairwise(spans):
         assert end <= begin
 
 

@@ -52,6 +52,18 @@ def test_small_state_lies_side_by_side():
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
 
 
+def test_small_state_of_odd_sizes_is_aligned():
+    params = [
+        torch.ones(size, dtype=dtype).requires_grad_()
+        for size in SIZES
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    ]
+    optimizer = FusedSGDR(params, **OPTIONS, backend="native")
+    step(optimizer, params, 0)
+    assert_apart(tensors_of(optimizer))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors_of(optimizer) if tensor.numel())
+
+
 def test_a_full_block_is_followed_by_another():
     optimizer, params = make(sizes=[1003] * 40)
     assert 4 < len(storages(tensors_of(optimizer))) < 8
@@ -144,6 +156,31 @@ def test_autograd_notices_that_a_state_tensor_was_written(role, size, whose, bac
     step(optimizer, params, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_write_is_counted_once():
+    """Where the tensors' layouts differ, too, so that one of them is copied."""
+    params = [torch.ones(3, 4).requires_grad_()]
+    optimizer = FusedSGDR(params, **OPTIONS, backend="native")
+    step(optimizer, params, 0)
+    of_param = optimizer.state[params[0]]
+    of_param["momentum_buffer"] = of_param["momentum_buffer"].clone()
+    of_param["ema"] = of_param["ema"].T.contiguous().T
+    before = of_param["momentum_buffer"]._version
+    step(optimizer, params, 1)
+    assert of_param["momentum_buffer"]._version == before + 1
+
+
+def test_an_average_switched_on_again_goes_on(backend):
+    optimizer, _ = make(backend, sizes=[64])
+    optimizer.param_groups[0]["ema_decay"] = None
+    optimizer = copy.deepcopy(optimizer)  # which has not seen the average
+    params = optimizer.param_groups[0]["params"]
+    step(optimizer, params, 1)
+    before = optimizer.state[params[0]]["ema"].clone()
+    optimizer.param_groups[0]["ema_decay"] = 0.5
+    step(optimizer, params, 2)
+    assert torch.equal(optimizer.state[params[0]]["ema"], (before + params[0].detach()) / 2)
 
 
 def test_state_of_a_frozen_parameter_is_freed_when_it_is_removed(backend):

@@ -11,7 +11,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
            py::arg("sum_over_shards"))
       .def("set_clipping", &sgdr::Stepper::set_clipping, py::arg("max_grad_norm"),
            py::arg("skip_nonfinite"))
-      .def("keep", &sgdr::Stepper::keep, py::arg("tensor"))
+      .def("keep", &sgdr::Stepper::keep, py::arg("copy"), py::arg("sibling"))
       .def("step_param", &sgdr::Stepper::step_param, py::arg("param_groups"), py::arg("state"),
            py::arg("index"))
       .def_property_readonly("grad_norm", &sgdr::Stepper::grad_norm)

@@ -1,4 +1,4 @@
-// Memory and version counter of the tensors that the optimizer keeps for its parameters.
+// Memory and version counters of the tensors that the optimizer keeps for its parameters.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,64 +11,75 @@
 namespace sgdr {
 
 // Note [State side by side]
-// Where tensors are small, a step's time is that of the cache lines it touches. So small tensors of
-// the state lie side by side in blocks of memory, with one storage a block, and all tensors of the
-// state that the optimizer makes count their versions together, as views of one tensor do. A block
-// lives as long as any tensor in it.
+// Where tensors are small, a step's time is that of the cache lines it touches. So the memory of
+// small tensors of the state lies side by side, in blocks that live as long as any tensor in them.
+// And the tensors of one parameter's state count their versions together, as views of one tensor
+// do: a step writes them together.
 class StateMemory {
  public:
-  // Of the parameter's shape and order of elements, without content.
-  at::Tensor empty_like(const at::Tensor& param, at::ScalarType dtype) {
+  // Of the parameter's shape and order of elements, without content. Counts its versions with
+  // another tensor of the parameter's state, where there is one.
+  at::Tensor empty_like(const at::Tensor& param, at::ScalarType dtype, const at::Tensor* sibling) {
     const c10::InferenceMode off(false);
     at::Tensor tensor = at::empty_like(param, param.options().dtype(dtype));
-    if (tensor.unsafeGetTensorImpl()->key_set() == plain_keys_ && is_small(tensor)) {
-      const auto size = static_cast<int64_t>(tensor.nbytes());
-      if (!block_.defined() || used_ + size > kBlock) {
-        block_ = at::empty({kBlock}, at::kByte);
-        used_ = 0;
-      }
-      tensor.set_(block_.storage(), used_ / static_cast<int64_t>(tensor.itemsize()), tensor.sizes(),
-                  tensor.strides());
-      used_ += (size + kAlignment - 1) / kAlignment * kAlignment;
-    }
-    tensor.unsafeGetTensorImpl()->set_version_counter(version_);
+    if (is_small(tensor)) tensor.storage().set_data_ptr_noswap(next_slice(tensor.nbytes()));
+    count_versions_with(sibling, tensor);
     return tensor;
   }
 
-  // The tensor, or a copy of it, as if it had been made here; of a subclass, a shard for one, and
-  // on a GPU it is left as it is.
-  at::Tensor keep(const at::Tensor& tensor) {
-    if (tensor.unsafeGetTensorImpl()->key_set() != plain_keys_) return tensor;
+  // A copy, as if it had been made here; the tensor itself where that would be the same.
+  at::Tensor copy_of(const at::Tensor& tensor, const at::Tensor* sibling) {
     if (!is_small(tensor)) {
-      tensor.unsafeGetTensorImpl()->set_version_counter(version_);
+      count_versions_with(sibling, tensor);
       return tensor;
     }
-    return empty_like(tensor, tensor.scalar_type()).copy_(tensor);
+    at::Tensor copy = empty_like(tensor, tensor.scalar_type(), nullptr).copy_(tensor);
+    count_versions_with(sibling, copy);
+    return copy;
   }
 
-  // Whether bump_version() counts for the tensor.
-  bool counts_for(const at::TensorImpl& tensor) const {
+  static bool count_versions_together(const at::TensorImpl& a, const at::TensorImpl& b) {
     // A handle of a counter is a pointer to it, and has no operator==.
-    static_assert(sizeof(version_) == sizeof(void*));
-    return std::memcmp(&tensor.version_counter(), &version_, sizeof(version_)) == 0;
+    static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+    return std::memcmp(&a.version_counter(), &b.version_counter(), sizeof(void*)) == 0;
   }
-
-  void bump_version() { version_.bump(); }
 
  private:
-  static constexpr int64_t kBlock = 1 << 16;
-  static constexpr int64_t kSmall = 1 << 12;
-  static constexpr int64_t kAlignment = 64;
+  static constexpr size_t kBlock = 1 << 16;
+  static constexpr size_t kSmall = 1 << 12;
+  static constexpr size_t kAlignment = 64;
   static_assert(kBlock % kAlignment == 0);
 
-  static bool is_small(const at::Tensor& tensor) {
-    return tensor.numel() > 0 && static_cast<int64_t>(tensor.nbytes()) <= kSmall;
+  bool is_plain(const at::Tensor& tensor) const {
+    return tensor.unsafeGetTensorImpl()->key_set() == plain_keys_;
+  }
+
+  bool is_small(const at::Tensor& tensor) const {
+    return is_plain(tensor) && tensor.numel() > 0 && tensor.nbytes() <= kSmall;
+  }
+
+  void count_versions_with(const at::Tensor* sibling, const at::Tensor& tensor) const {
+    if (sibling == nullptr || !is_plain(*sibling) || !is_plain(tensor)) return;
+    tensor.unsafeGetTensorImpl()->set_version_counter(
+        sibling->unsafeGetTensorImpl()->version_counter());
+  }
+
+  at::DataPtr next_slice(size_t size) {
+    if (!block_.defined() || used_ + size > kBlock) {
+      block_ = at::empty({kBlock}, at::kByte);
+      used_ = 0;
+    }
+    char* const slice = static_cast<char*>(block_.mutable_data_ptr()) + used_;
+    used_ += (size + kAlignment - 1) / kAlignment * kAlignment;
+    const auto release = [](void* block) {
+      c10::intrusive_ptr<c10::StorageImpl>::reclaim(static_cast<c10::StorageImpl*>(block));
+    };
+    return {slice, c10::Storage(block_.storage()).unsafeReleaseStorageImpl(), release, at::kCPU};
   }
 
   c10::DispatchKeySet plain_keys_ = plain_keys();
   at::Tensor block_;
-  int64_t used_ = 0;
-  c10::VariableVersion version_{0};
+  size_t used_ = 0;
 };
 
 }  // namespace sgdr

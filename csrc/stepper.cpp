@@ -52,7 +52,7 @@ struct Stepper::Stepping {
     stepper.numel_ = 0;
     stepper.entries_.clear();
     stepper.entry_tensors_.clear();
-    stepper.also_written_.clear();
+    stepper.written_.clear();
   }
   ~Stepping() {
     stepper.is_stepping_ = false;
@@ -276,7 +276,7 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
 
 // Whether the tensors of those roles are what the state holds now.
 [[gnu::always_inline]] inline bool Stepper::Slot::is_current(uint32_t of_roles) const {
-  if (state == nullptr) return true;
+  if (state == nullptr) return true;  // the snapshot of all state notices when there is one
   const uint64_t version = version_of(state);
   return version != 0 && version == state_version && of_roles == roles;
 }
@@ -287,53 +287,46 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   FirstItems items(state);
   for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
     PyObject* found = (of_roles & bit_of(role)) != 0 ? items.find(name_of(role)) : nullptr;
-    if (found == nullptr || found == Py_None) {
-      stored[role].reset();
-    } else if (!THPVariable_Check(found)) {
-      return false;
-    } else if (!stored[role].is_same(THPVariable_Unpack(found))) {
-      stored[role] = THPVariable_Unpack(found);
-    }
+    stored[role] = nullptr;
+    if (found == nullptr || found == Py_None) continue;
+    if (!THPVariable_Check(found)) return false;
+    stored[role] = &THPVariable_Unpack(found);
   }
   roles = of_roles;
   state_version = version_of(state);
   return true;
 }
 
-// So that what is taken out of the state of a parameter that is stepped no more is freed.
-[[gnu::always_inline]] inline void Stepper::Slot::forget() {
-  state_version = 0;
-  for (at::Tensor& tensor : stored) tensor.reset();
-}
-
 [[gnu::always_inline]] inline void Stepper::Slot::remember(const Operands& operands) {
   const auto storage = [](const at::Tensor& tensor) -> const void* {
     return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   };
-  tensors = {operands.param->unsafeGetTensorImpl(), operands.grad->unsafeGetTensorImpl()};
   // A prefetch of nothing would cost more than one of the same line again.
-  others = {
-      tensors[0]->autograd_meta(), storage(*operands.param), storage(*operands.grad),
-      storage(operands.momentum_buffer == nullptr ? *operands.param : *operands.momentum_buffer),
-      storage(operands.ema == nullptr ? *operands.param : *operands.ema)};
+  const at::Tensor& buffer =
+      operands.momentum_buffer == nullptr ? *operands.param : *operands.momentum_buffer;
+  const at::Tensor& ema = operands.ema == nullptr ? *operands.param : *operands.ema;
+  tensors = {operands.param->unsafeGetTensorImpl(), operands.grad->unsafeGetTensorImpl(),
+             buffer.unsafeGetTensorImpl(), ema.unsafeGetTensorImpl()};
+  others = {tensors[0]->autograd_meta(), storage(*operands.param), storage(*operands.grad),
+            storage(buffer), storage(ema)};
 }
 
 // Inlined by force: a function that only prefetches has no effect in gcc's eyes, and a call of it
 // is dropped.
 [[gnu::always_inline]] inline void Stepper::Slot::prefetch() const {
-  // Of a tensor three cache lines are read, four at times, of anything else one, two at times.
-  const auto prefetch_tensor = [](const at::TensorImpl* tensor) __attribute__((always_inline)) {
+  __builtin_prefetch(param);
+  __builtin_prefetch(reinterpret_cast<const char*>(state) + 32);
+  for (const at::Tensor* tensor : stored) __builtin_prefetch(tensor);
+  // What is read of a tensor lies on three cache lines, four at times, of anything else on two at
+  // most.
+  for (const at::TensorImpl* tensor : tensors) {
     for (int offset = 16; offset < 192; offset += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(tensor) + offset);
-  };
-  constexpr int kMiddle = 32;
-  __builtin_prefetch(param);
-  __builtin_prefetch(reinterpret_cast<const char*>(state) + kMiddle);
-  for (const at::TensorImpl* tensor : tensors) prefetch_tensor(tensor);
-  for (const at::Tensor& tensor : stored) {
-    if (tensor.defined()) prefetch_tensor(tensor.unsafeGetTensorImpl());
   }
-  for (const void* object : others) __builtin_prefetch(static_cast<const char*>(object) + kMiddle);
+  for (const void* object : others) {
+    for (int offset = 16; offset < 64; offset += 44)
+      __builtin_prefetch(static_cast<const char*>(object) + offset);
+  }
 }
 
 // Looks every parameter's state up, which hashes it: the slow path.
@@ -345,7 +338,10 @@ void Stepper::find_slots(PyObject* state) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
-      slots_.push_back({param, find(state, param), static_cast<uint32_t>(slots_.size())});
+      PyObject* of_param = find(state, param);
+      if (of_param != nullptr && !PyDict_Check(of_param))
+        throw py::type_error("optimizer.state[param] must be a dict");
+      slots_.push_back({param, of_param, static_cast<uint32_t>(slots_.size())});
       slot_params_.push_back(param);
     }
   }
@@ -384,45 +380,63 @@ bool Stepper::gather(PyObject* state) {
 
 // Adds an entry if all its tensors are plain, of a type we know and alike in layout.
 [[gnu::always_inline]] inline bool Stepper::add_entry(const Operands& operands) {
-  const size_t also_written = also_written_.size();
-  at::TensorImpl* const param = operands.param->unsafeGetTensorImpl();
-  if (!is_plain(*param)) return false;
-  const ElementType param_type = element_type(*param);
-  TensorEntry entry{.param = data_of(*param, true, element_size(param_type)),
-                    .numel = param->numel(),
-                    .ema_decay = operands.ema_decay,
-                    .group = operands.group,
-                    .param_index = operands.param_index,
-                    .param_type = param_type,
-                    .momentum_type = param_type,
-                    .first_step = operands.first_step,
-                    .new_master = operands.new_master};
-  bool fits = param_type != ElementType::kNone;
-  const Layout layout(*param);
-  const auto add = [&](const at::Tensor* of_entry, bool is_written, ElementType& type)
-                       __attribute__((always_inline)) -> void* {
-    if (of_entry == nullptr) return nullptr;
-    at::TensorImpl* const tensor = of_entry->unsafeGetTensorImpl();
-    type = element_type(*tensor);
-    fits = fits && type != ElementType::kNone && is_plain(*tensor) && layout.is_of(*tensor);
-    if (!fits) return nullptr;
-    if (is_written && !state_memory_.counts_for(*tensor)) also_written_.push_back(tensor);
-    return data_of(*tensor, is_written, element_size(type));
+  const auto impl_of = [](const at::Tensor* tensor) __attribute__((always_inline)) {
+    return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
   };
-  ElementType ema_type = arithmetic_type(param_type);
-  entry.grad = add(operands.grad, false, entry.grad_type);
-  entry.momentum_buffer = add(operands.momentum_buffer, true, entry.momentum_type);
-  entry.ema = add(operands.ema, true, ema_type);
-  entry.low_precision_param = add(operands.low_precision_param, true, entry.low_precision_type);
-  fits = fits && ema_type == arithmetic_type(param_type) &&
-         (entry.low_precision_param == nullptr || param_type == ElementType::kFloat);
-  if (!fits) {
-    also_written_.resize(also_written);
+  at::TensorImpl* const param = impl_of(operands.param);
+  at::TensorImpl* const grad = impl_of(operands.grad);
+  at::TensorImpl* const buffer = impl_of(operands.momentum_buffer);
+  at::TensorImpl* const ema = impl_of(operands.ema);
+  at::TensorImpl* const low_precision = impl_of(operands.low_precision_param);
+  const ElementType param_type = element_type(*param);
+  const auto type_of = [](const at::TensorImpl* tensor, ElementType otherwise)
+                           __attribute__((always_inline)) {
+                             return tensor == nullptr ? otherwise : element_type(*tensor);
+                           };
+  const ElementType grad_type = element_type(*grad);
+  const ElementType momentum_type = type_of(buffer, param_type);
+  const ElementType ema_type = type_of(ema, arithmetic_type(param_type));
+  const ElementType low_precision_type = type_of(low_precision, ElementType::kNone);
+  if (param_type == ElementType::kNone || grad_type == ElementType::kNone ||
+      momentum_type == ElementType::kNone || ema_type != arithmetic_type(param_type) ||
+      (low_precision != nullptr && param_type != ElementType::kFloat))
     return false;
+
+  const Layout layout(*param);
+  const auto fits = [&](const at::TensorImpl* tensor) __attribute__((always_inline)) {
+    return tensor == nullptr || (is_plain(*tensor) && layout.is_of(*tensor));
+  };
+  if (!is_plain(*param) || !fits(grad) || !fits(buffer) || !fits(ema) || !fits(low_precision))
+    return false;
+
+  const auto data = [](const at::TensorImpl* tensor, bool is_written, ElementType type)
+                        __attribute__((always_inline)) -> char* {
+    return tensor == nullptr ? nullptr : data_of(*tensor, is_written, element_size(type));
+  };
+  gathered_->push_back({.param = data(param, true, param_type),
+                        .grad = data(grad, false, grad_type),
+                        .momentum_buffer = data(buffer, true, momentum_type),
+                        .ema = data(ema, true, ema_type),
+                        .low_precision_param = data(low_precision, true, low_precision_type),
+                        .numel = param->numel(),
+                        .ema_decay = operands.ema_decay,
+                        .group = operands.group,
+                        .param_index = operands.param_index,
+                        .param_type = param_type,
+                        .grad_type = grad_type,
+                        .momentum_type = momentum_type,
+                        .low_precision_type = low_precision_type,
+                        .first_step = operands.first_step,
+                        .new_master = operands.new_master});
+  numel_ += param->numel();
+  entry_tensors_.push_back({param, buffer, ema, low_precision, grad});
+  written_.push_back(param);
+  const at::TensorImpl* counted = param;
+  for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
+    if (tensor == nullptr || StateMemory::count_versions_together(*counted, *tensor)) continue;
+    written_.push_back(tensor);
+    counted = tensor;
   }
-  gathered_->push_back(entry);
-  numel_ += entry.numel;
-  entry_tensors_.push_back({param, operands.grad->unsafeGetTensorImpl()});
   return true;
 }
 
@@ -430,15 +444,12 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   if (!THPVariable_Check(slot.param)) return false;
   const at::Tensor& param = THPVariable_Unpack(slot.param);
   const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
-  if (!grad.defined()) {
-    slot.forget();
-    return true;
-  }
+  if (!grad.defined()) return true;
 
   Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
   if (!slot.is_current(group.roles) && !slot.find_stored(group.roles)) return false;
   if (group.update.has_momentum()) {
-    operands.momentum_buffer = slot.tensor(kMomentumBuffer);
+    operands.momentum_buffer = slot.stored[kMomentumBuffer];
     if (operands.momentum_buffer == nullptr) {
       operands.first_step = true;
       const at::ScalarType dtype =
@@ -459,9 +470,11 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
 
 // Of the parameter's shape, without content; goes into state when the step has been taken.
 [[gnu::noinline]] const at::Tensor& Stepper::new_tensor(const Slot& slot, Role role,
-                                                        at::ScalarType dtype) {
+                                                        at::ScalarType dtype,
+                                                        const at::Tensor* sibling) {
   const at::Tensor& param = THPVariable_Unpack(slot.param);
-  new_state_.push_back({slot.param, role, state_memory_.empty_like(param, dtype), nullptr});
+  new_state_.push_back(
+      {slot.param, role, state_memory_.empty_like(param, dtype, sibling), nullptr});
   return new_state_.back().tensor;
 }
 
@@ -472,10 +485,10 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   const bool is_half = element_size(element_type(*param.unsafeGetTensorImpl())) == 2;
   if (group.master_weights && is_half) {
     operands.low_precision_param = &param;
-    operands.param = slot.tensor(kMasterParam);
+    operands.param = slot.stored[kMasterParam];
     if (operands.param == nullptr) {
       operands.new_master = true;
-      operands.param = &new_tensor(slot, kMasterParam, at::kFloat);
+      operands.param = &new_tensor(slot, kMasterParam, at::kFloat, operands.momentum_buffer);
     }
   }
   if (group.averaging == Averaging::kNone) return true;
@@ -483,11 +496,13 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   // On a GPU the kernel knows where the schedule stands.
   if (is_equal && group.on_gpu == nullptr && !ends_cycle(group.schedule, group.position))
     return true;
-  operands.ema = slot.tensor(kEma);
+  operands.ema = slot.stored[kEma];
   const bool is_new = operands.ema == nullptr;
   if (is_new) {
     const at::ScalarType dtype = param.scalar_type();
-    operands.ema = &new_tensor(slot, kEma, is_half ? at::kFloat : dtype);
+    const at::Tensor* sibling =
+        operands.momentum_buffer == nullptr ? slot.stored[kMasterParam] : operands.momentum_buffer;
+    operands.ema = &new_tensor(slot, kEma, is_half ? at::kFloat : dtype, sibling);
   }
   if (!is_equal) {
     operands.ema_decay = is_new ? 0 : group.ema_decay;
@@ -575,16 +590,14 @@ FusedStep Stepper::host_step() const {
 
 // Others may drop tensors while the GIL is released.
 void Stepper::keep_tensors_alive() {
-  const auto keep = [&](at::TensorImpl* tensor) {
-    kept_alive_.emplace_back(
-        c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(
-            tensor));
-  };
-  for (const auto& [param, grad] : entry_tensors_) {
-    keep(param);
-    keep(grad);
+  for (const EntryTensors& tensors : entry_tensors_) {
+    for (at::TensorImpl* tensor : tensors) {
+      if (tensor == nullptr) continue;
+      kept_alive_.emplace_back(
+          c10::intrusive_ptr<at::TensorImpl,
+                             c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
+    }
   }
-  for (at::TensorImpl* tensor : also_written_) keep(tensor);
 }
 
 void Stepper::run() {
@@ -598,21 +611,9 @@ void Stepper::run() {
     fused_step_cpu(host_step());
   }
   for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
-  bump_versions();
-}
-
-void Stepper::bump_versions() {
-  if (entry_tensors_.empty()) return;
-  state_memory_.bump_version();
-  for (size_t i = 0; i < entry_tensors_.size(); ++i) {
-    if (i + kAhead < entry_tensors_.size())
-      __builtin_prefetch(&entry_tensors_[i + kAhead].param->version_counter());
-    entry_tensors_[i].param->bump_version();
-  }
-  for (size_t i = 0; i < also_written_.size(); ++i) {
-    if (i + kAhead < also_written_.size())
-      __builtin_prefetch(&also_written_[i + kAhead]->version_counter());
-    also_written_[i]->bump_version();
+  for (size_t i = 0; i < written_.size(); ++i) {
+    if (i + kAhead < written_.size()) __builtin_prefetch(&written_[i + kAhead]->version_counter());
+    written_[i]->bump_version();
   }
 }
 

@@ -32,10 +32,11 @@ class Stepper {
   // Takes over what has changed in the groups and their state since they were last seen.
   void sync(const py::list& param_groups, const py::dict& state);
 
-  // A tensor for the state, as if the step had made it: see Note [State side by side].
-  at::Tensor keep(const at::Tensor& tensor) {
+  // A fresh copy of a tensor for the state, beside another of the parameter's or None, as if the
+  // step had made it: see Note [State side by side].
+  at::Tensor keep(const at::Tensor& copy, const std::optional<at::Tensor>& sibling) {
     const at::NoGradGuard no_grad;
-    return state_memory_.keep(tensor);
+    return state_memory_.copy_of(copy, sibling.has_value() ? &*sibling : nullptr);
   }
 
   // None: no limit.
@@ -113,32 +114,27 @@ class Stepper {
     bool first_step = false;
     bool new_master = false;
   };
-  // A parameter and its dict in state, borrowed (the snapshots own them), and the tensors in it.
+  // A parameter, its dict in state and the tensors in that, all borrowed: the snapshots own the
+  // first two, and the dict the tensors, as long as its version is the same.
   struct Slot {
     PyObject* param;
-    PyObject* state;
+    PyObject* state;             // null: none
     uint32_t index;              // among the parameters of all groups
     uint32_t roles = 0;          // that were looked for in the state, a bit each
     uint64_t state_version = 0;  // then; 0: not known
-    std::array<at::Tensor, kRoles> stored = {};
+    std::array<const at::Tensor*, kRoles> stored = {};
     // What the last step read besides. A hint: prefetched, never followed.
-    std::array<const at::TensorImpl*, 2> tensors = {};
+    std::array<const at::TensorImpl*, 4> tensors = {};
     std::array<const void*, 5> others = {};
 
     bool is_current(uint32_t of_roles) const;
     bool find_stored(uint32_t of_roles);
-    void forget();
-    const at::Tensor* tensor(Role role) const {
-      return stored[role].defined() ? &stored[role] : nullptr;
-    }
     void remember(const Operands& operands);
     void prefetch() const;
   };
   static constexpr size_t kAhead = 3;
-  struct ParamAndGrad {
-    at::TensorImpl* param;
-    at::TensorImpl* grad;
-  };
+  // The tensors of one entry, or null; all but the last are written.
+  using EntryTensors = std::array<at::TensorImpl*, 5>;
   struct NewState {
     PyObject* param;
     Role role;
@@ -172,14 +168,14 @@ class Stepper {
   static Group read_group(PyObject* dict, bool is_on_host);
   void find_slots(PyObject* state);
   bool has_slots_of_params() const;
-  void bump_versions();
   bool gather(PyObject* state);
   // Of the parameters [first, last) of a group, whose slots begin with the one given.
   bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   bool gather_param(const Group& group, uint32_t index, Slot& slot);
   bool gather_more(const Group& group, const Slot& slot, Operands& operands);
-  const at::Tensor& new_tensor(const Slot& slot, Role role, at::ScalarType dtype);
+  const at::Tensor& new_tensor(const Slot& slot, Role role, at::ScalarType dtype,
+                               const at::Tensor* sibling = nullptr);
   bool add_entry(const Operands& operands);
   bool add_unusual(const Operands& operands);
   at::Tensor to_plain(const at::Tensor& tensor, const at::Tensor& param);
@@ -229,8 +225,8 @@ class Stepper {
   // Of the step under way; members so that their memory is kept.
   int64_t numel_ = 0;
   std::vector<TensorEntry> entries_;
-  std::vector<ParamAndGrad> entry_tensors_;
-  std::vector<at::TensorImpl*> also_written_;  // which count their versions by themselves
+  std::vector<EntryTensors> entry_tensors_;
+  std::vector<at::TensorImpl*> written_;  // of those that count their versions together, one
   std::vector<GroupStep> group_steps_;
   std::vector<GpuStep> gpu_steps_;
   std::deque<NewState> new_state_;  // whose elements do not move

@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <array>
@@ -78,12 +77,9 @@ inline const at::Tensor& grad_of(const at::TensorImpl& param) {
 [[gnu::always_inline]] inline char* data_of(const at::TensorImpl& tensor, bool is_written,
                                             size_t element_size) {
   at::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  // What mutable_data() does, without the second cache line on which its flags are.
-  const at::DataPtr& pointer = storage->_mutable_data_ptr_no_checks();
-  void* data = pointer.get();
-  if (is_written && pointer.get_deleter() == &c10::impl::cow::cow_deleter)
-    data = storage->mutable_data();
-  return static_cast<char*>(data) + tensor.storage_offset() * static_cast<int64_t>(element_size);
+  const void* data = is_written ? storage->mutable_data() : storage->data();
+  return static_cast<char*>(const_cast<void*>(data)) +
+         tensor.storage_offset() * static_cast<int64_t>(element_size);
 }
 
 }  // namespace sgdr

@@ -659,11 +659,12 @@ class FusedSGDR(Optimizer):
             of_param = {k: v for k, v in loaded["state"][param].items() if v is not None}
             if is_from_checkpoint:
                 of_param = checkpoint.without_blanks(of_param)
+            sibling = None
             for role, dtype in dtypes_of_state(of_group, param).items():
                 if role in of_param:
                     saved = self._as_saved(param, role, of_param[role], name)
                     copied = saved.to(param.device, dtype, copy=True)
-                    of_param[role] = keep(placed_like(param, copied))
+                    sibling = of_param[role] = keep(placed_like(param, copied), sibling)
             state[param] = of_param
         return {"state": state, "param_groups": groups}
 

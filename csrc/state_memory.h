@@ -71,10 +71,11 @@ class StateMemory {
     }
     char* const slice = static_cast<char*>(block_.mutable_data_ptr()) + used_;
     used_ += (size + kAlignment - 1) / kAlignment * kAlignment;
-    const auto release = [](void* block) {
-      c10::intrusive_ptr<c10::StorageImpl>::reclaim(static_cast<c10::StorageImpl*>(block));
-    };
-    return {slice, c10::Storage(block_.storage()).unsafeReleaseStorageImpl(), release, at::kCPU};
+    return {slice, c10::Storage(block_.storage()).unsafeReleaseStorageImpl(), &release, at::kCPU};
+  }
+
+  static void release(void* block) {
+    c10::intrusive_ptr<c10::StorageImpl>::reclaim(static_cast<c10::StorageImpl*>(block));
   }
 
   c10::DispatchKeySet plain_keys_ = plain_keys();

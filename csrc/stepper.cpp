@@ -317,16 +317,12 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   __builtin_prefetch(param);
   __builtin_prefetch(reinterpret_cast<const char*>(state) + 32);
   for (const at::Tensor* tensor : stored) __builtin_prefetch(tensor);
-  // What is read of a tensor lies on three cache lines, four at times, of anything else on two at
-  // most.
+  // What is read of a tensor lies on three cache lines, four at times.
   for (const at::TensorImpl* tensor : tensors) {
     for (int offset = 16; offset < 192; offset += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(tensor) + offset);
   }
-  for (const void* object : others) {
-    for (int offset = 16; offset < 64; offset += 44)
-      __builtin_prefetch(static_cast<const char*>(object) + offset);
-  }
+  for (const void* object : others) __builtin_prefetch(static_cast<const char*>(object) + 32);
 }
 
 // Looks every parameter's state up, which hashes it: the slow path.

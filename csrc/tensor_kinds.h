@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <array>
@@ -77,7 +78,13 @@ inline const at::Tensor& grad_of(const at::TensorImpl& param) {
 [[gnu::always_inline]] inline char* data_of(const at::TensorImpl& tensor, bool is_written,
                                             size_t element_size) {
   at::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  const void* data = is_written ? storage->mutable_data() : storage->data();
+  const at::DataPtr& pointer = storage->_mutable_data_ptr_no_checks();
+  const void* data = pointer.get();
+  // On the CPU what mutable_data() does, without the flags of the storage, which lie on another
+  // cache line. On a GPU they say, too, whether a graph has taken the memory back.
+  const bool is_lazy_copy = pointer.get_deleter() == &c10::impl::cow::cow_deleter;
+  if (is_lazy_copy || !pointer.device().is_cpu())
+    data = is_written ? storage->mutable_data() : storage->data();
   return static_cast<char*>(const_cast<void*>(data)) +
          tensor.storage_offset() * static_cast<int64_t>(element_size);
 }

@@ -628,7 +628,9 @@ class FusedSGDR(Optimizer):
         self._stepper = self._new_stepper() if stepper is None else stepper
         self._sync()
 
-    def _adopted(self, loaded: dict[str, Any], keep: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def _adopted(
+        self, loaded: dict[str, Any], keep: Callable[[Tensor, Tensor | None], Tensor]
+    ) -> dict[str, Any]:
         """A loaded state, checked, and completed from our own groups where it is an SGD's."""
         groups = []
         for i, (own, saved) in enumerate(
@@ -659,7 +661,7 @@ class FusedSGDR(Optimizer):
             of_param = {k: v for k, v in loaded["state"][param].items() if v is not None}
             if is_from_checkpoint:
                 of_param = checkpoint.without_blanks(of_param)
-            sibling = None
+            sibling: Tensor | None = None
             for role, dtype in dtypes_of_state(of_group, param).items():
                 if role in of_param:
                     saved = self._as_saved(param, role, of_param[role], name)

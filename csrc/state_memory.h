@@ -33,9 +33,7 @@ class StateMemory {
       count_versions_with(sibling, tensor);
       return tensor;
     }
-    at::Tensor copy = empty_like(tensor, tensor.scalar_type(), nullptr).copy_(tensor);
-    count_versions_with(sibling, copy);
-    return copy;
+    return empty_like(tensor, tensor.scalar_type(), sibling).copy_(tensor);
   }
 
   static bool count_versions_together(const at::TensorImpl& a, const at::TensorImpl& b) {

@@ -3,7 +3,6 @@
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/csrc/Dtype.h>
 
 #include <algorithm>
@@ -15,6 +14,17 @@ namespace {
 
 // Of a number, or a tensor of one element, which a GPU has to be waited for.
 double to_double(const py::object& value) { return py::float_(value).cast<double>(); }
+
+// A parameter's dict in state, borrowed; null where it has none.
+PyObject* state_of(PyObject* param, PyObject* state) {
+  PyObject* of_param = find(state, param);
+  if (of_param != nullptr && !PyDict_Check(of_param)) {
+    throw py::type_error(std::string("optimizer.state[param] is of type ") +
+                         Py_TYPE(of_param)->tp_name +
+                         ", but must be a dict; delete it to start anew");
+  }
+  return of_param;
+}
 
 }  // namespace
 
@@ -113,7 +123,7 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
   Group& group = groups_[i];
   const size_t in_group = index - group.first_param;
   PyObject* param = PyList_GET_ITEM(group.params(), static_cast<Py_ssize_t>(in_group));
-  Slot slot{param, find(state.ptr(), param), index};
+  Slot slot{param, state_of(param, state.ptr()), index};
   if (group.on_gpu != nullptr) {
     if (!gather_on_gpu(group, &slot, in_group, in_group + 1, false)) return false;
     run_on_gpus(py::none(), py::none(), false);
@@ -334,10 +344,7 @@ void Stepper::find_slots(PyObject* state) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
-      PyObject* of_param = find(state, param);
-      if (of_param != nullptr && !PyDict_Check(of_param))
-        throw py::type_error("optimizer.state[param] must be a dict");
-      slots_.push_back({param, of_param, static_cast<uint32_t>(slots_.size())});
+      slots_.push_back({param, state_of(param, state), static_cast<uint32_t>(slots_.size())});
       slot_params_.push_back(param);
     }
   }
@@ -496,8 +503,8 @@ bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
   const bool is_new = operands.ema == nullptr;
   if (is_new) {
     const at::ScalarType dtype = param.scalar_type();
-    const at::Tensor* sibling =
-        operands.momentum_buffer == nullptr ? slot.stored[kMasterParam] : operands.momentum_buffer;
+    const at::Tensor* sibling = operands.momentum_buffer;
+    if (sibling == nullptr && operands.low_precision_param != nullptr) sibling = operands.param;
     operands.ema = &new_tensor(slot, kEma, is_half ? at::kFloat : dtype, sibling);
   }
   if (!is_equal) {

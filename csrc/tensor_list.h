@@ -33,8 +33,8 @@ constexpr ElementType arithmetic_type(ElementType param_type) {
 // One parameter of this step. Its other tensors hold as many elements in the same order.
 struct TensorEntry {
   void* param;  // the master copy, where there is one
-  const void* grad = nullptr;
-  void* momentum_buffer = nullptr;      // null without momentum
+  const void* grad;
+  void* momentum_buffer;                // null without momentum
   void* ema = nullptr;                  // null where nothing is averaged in this step
   void* low_precision_param = nullptr;  // of which `param` is the master copy, or null
   int64_t numel;
@@ -42,7 +42,7 @@ struct TensorEntry {
   uint32_t group;
   uint32_t param_index = 0;  // among those of all groups
   ElementType param_type;
-  ElementType grad_type = ElementType::kNone;
+  ElementType grad_type;
   ElementType momentum_type;
   ElementType low_precision_type = ElementType::kNone;
   bool first_step;          // the momentum buffer holds nothing yet

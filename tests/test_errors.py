@@ -365,3 +365,19 @@ def test_endless_first_cycle_is_taken(backend):
     params[0].grad = draw([3], torch.float32, torch.Generator().manual_seed(0))
     optimizer.step()
     assert optimizer.get_last_lr() == [0.1]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_state_that_is_no_dict_is_refused(in_backward):
+    params = make_params([3, 4])
+    optimizer = FusedSGDR(params, lr=0.1, momentum=0.9, T_0=5, backend="native")
+    give_gradients(0, params)
+    optimizer.step()
+    optimizer.state[params[1]] = None
+    before = [param.detach().clone() for param in params]
+    if in_backward:
+        optimizer.zero_grad()
+        optimizer.step_in_backward()
+    with pytest.raises(TypeError, match="of type NoneType, but must be a dict"):
+        params[1].sum().backward() if in_backward else optimizer.step()
+    assert all(map(torch.equal, params, before))

@@ -209,6 +209,19 @@ def test_a_write_is_counted_once():
     assert of_param["momentum_buffer"]._version == before + 1
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_tensors_of_one_parameters_state_count_their_versions_together(momentum):
+    params = [torch.ones(64, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    options = OPTIONS | {"momentum": momentum, "master_weights": True}
+    optimizer = FusedSGDR(params, **options, backend="native")
+    step(optimizer, params, 0)
+    of_first, of_second = ([*optimizer.state[param].values()] for param in params)
+    before = [tensor._version for tensor in of_second]
+    of_first[0].mul_(1)
+    assert len({tensor._version for tensor in of_first}) == 1
+    assert [tensor._version for tensor in of_second] == before
+
+
 def test_an_average_switched_on_again_goes_on(backend):
     optimizer, _ = make(backend, sizes=[64])
     optimizer.param_groups[0]["ema_decay"] = None

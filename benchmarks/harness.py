@@ -169,13 +169,16 @@ class Workload:
     def __init__(self, shapes: Shapes, device: str = "cpu", **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self.params = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-        for param in self.params:
+        self._grads = []
+        for shape in shapes:
             # Between 0.5 and 1.5 with either sign, so that every element moves visibly.
-            uniform = torch.rand(param.shape, generator=generator) - 0.5
-            param.grad = (uniform + torch.ones_like(uniform).copysign(uniform)).to(device)
+            uniform = torch.rand(shape, generator=generator) - 0.5
+            self._grads.append((uniform + torch.ones_like(uniform).copysign(uniform)).to(device))
+        # Copies lie side by side, without the gaps where values in between had been.
+        for param, grad in zip(self.params, self._grads, strict=True):
+            param.grad = grad.clone()
         self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
         self._start = [param.clone() for param in self.params]
-        self._grads = [param.grad.clone() for param in self.params]
         reference = fused_sgdr(self.params, backend="reference", **options)
         self._expected = self._after_steps(*reference)
         for param, start in zip(self._expected, self._start, strict=False):

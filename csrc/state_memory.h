@@ -1,10 +1,9 @@
 // Memory and version counters of the tensors that the optimizer keeps for its parameters.
 #pragma once
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
-
-#include <cstring>
 
 #include "tensor_kinds.h"
 
@@ -19,27 +18,23 @@ class StateMemory {
  public:
   // Of the parameter's shape and order of elements, without content. Counts its versions with
   // another tensor of the parameter's state, where there is one.
-  at::Tensor empty_like(const at::Tensor& param, at::ScalarType dtype, const at::Tensor* sibling) {
+  at::Tensor empty_like(const at::Tensor& param, at::ScalarType dtype,
+                        const at::TensorImpl* sibling) {
     const c10::InferenceMode off(false);
-    at::Tensor tensor = at::empty_like(param, param.options().dtype(dtype));
-    if (is_small(tensor)) tensor.storage().set_data_ptr_noswap(next_slice(tensor.nbytes()));
+    at::Tensor tensor = is_small(param, dtype)
+                            ? in_block(param, dtype)
+                            : at::empty_like(param, param.options().dtype(dtype));
     count_versions_with(sibling, tensor);
     return tensor;
   }
 
   // A copy, as if it had been made here; the tensor itself where that would be the same.
-  at::Tensor copy_of(const at::Tensor& tensor, const at::Tensor* sibling) {
-    if (!is_small(tensor)) {
+  at::Tensor copy_of(const at::Tensor& tensor, const at::TensorImpl* sibling) {
+    if (!is_small(tensor, tensor.scalar_type())) {
       count_versions_with(sibling, tensor);
       return tensor;
     }
     return empty_like(tensor, tensor.scalar_type(), sibling).copy_(tensor);
-  }
-
-  static bool count_versions_together(const at::TensorImpl& a, const at::TensorImpl& b) {
-    // A handle of a counter is a pointer to it, and has no operator==.
-    static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
-    return std::memcmp(&a.version_counter(), &b.version_counter(), sizeof(void*)) == 0;
   }
 
  private:
@@ -48,18 +43,33 @@ class StateMemory {
   static constexpr size_t kAlignment = 64;
   static_assert(kBlock % kAlignment == 0);
 
-  bool is_plain(const at::Tensor& tensor) const {
-    return tensor.unsafeGetTensorImpl()->key_set() == plain_keys_;
+  bool is_plain(const at::TensorImpl& tensor) const { return tensor.key_set() == plain_keys_; }
+
+  bool is_small(const at::Tensor& tensor, at::ScalarType dtype) const {
+    const size_t size = tensor.numel() * c10::elementSize(dtype);
+    return is_plain(*tensor.unsafeGetTensorImpl()) && size > 0 && size <= kSmall;
   }
 
-  bool is_small(const at::Tensor& tensor) const {
-    return is_plain(tensor) && tensor.numel() > 0 && tensor.nbytes() <= kSmall;
+  // As at::empty_like(), which would leave a hole on the heap where memory of its own had been.
+  at::Tensor in_block(const at::Tensor& param, at::ScalarType dtype) {
+    const size_t size = param.numel() * c10::elementSize(dtype);
+    at::Tensor tensor = at::empty({0}, dtype);
+    at::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
+    storage->set_data_ptr_noswap(next_slice(size));
+    storage->set_nbytes(size);
+    at::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
+    if (param.is_non_overlapping_and_dense())
+      impl->set_sizes_and_strides(param.sizes(), param.strides());
+    else
+      impl->set_sizes_and_strides(param.sizes(),
+                                  at::infer_dense_strides(param.sizes(), param.strides()));
+    return tensor;
   }
 
-  void count_versions_with(const at::Tensor* sibling, const at::Tensor& tensor) const {
-    if (sibling == nullptr || !is_plain(*sibling) || !is_plain(tensor)) return;
-    tensor.unsafeGetTensorImpl()->set_version_counter(
-        sibling->unsafeGetTensorImpl()->version_counter());
+  void count_versions_with(const at::TensorImpl* sibling, const at::Tensor& tensor) const {
+    if (sibling == nullptr || !is_plain(*sibling) || !is_plain(*tensor.unsafeGetTensorImpl()))
+      return;
+    tensor.unsafeGetTensorImpl()->set_version_counter(sibling->version_counter());
   }
 
   at::DataPtr next_slice(size_t size) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/Dtype.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "tensor_kinds.h"
 
@@ -14,6 +15,11 @@ namespace {
 
 // Of a number, or a tensor of one element, which a GPU has to be waited for.
 double to_double(const py::object& value) { return py::float_(value).cast<double>(); }
+
+at::Tensor own(at::TensorImpl* tensor) {
+  using Owner = c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
+  return at::Tensor(Owner::unsafe_reclaim_from_nonowning(tensor));
+}
 
 // A parameter's dict in state, borrowed; null where it has none.
 PyObject* state_of(PyObject* param, PyObject* state) {
@@ -61,7 +67,6 @@ struct Stepper::Stepping {
     stepper.is_stepping_ = true;
     stepper.numel_ = 0;
     stepper.entries_.clear();
-    stepper.entry_tensors_.clear();
     stepper.written_.clear();
   }
   ~Stepping() {
@@ -72,6 +77,7 @@ struct Stepper::Stepping {
     stepper.copy_back_.clear();
     stepper.kept_alive_.clear();
     stepper.gpu_steps_.clear();
+    stepper.gathered_slots_ = {};
   }
   Stepper& stepper;
 };
@@ -123,11 +129,12 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
   Group& group = groups_[i];
   const size_t in_group = index - group.first_param;
   PyObject* param = PyList_GET_ITEM(group.params(), static_cast<Py_ssize_t>(in_group));
-  Slot slot{param, state_of(param, state.ptr()), index};
+  Slot slot{param, state_of(param, state.ptr())};
+  gathered_slots_ = {&slot, 1};
   if (group.on_gpu != nullptr) {
     if (!gather_on_gpu(group, &slot, in_group, in_group + 1, false)) return false;
     run_on_gpus(py::none(), py::none(), false);
-  } else if (!gather_param(group, static_cast<uint32_t>(i), slot)) {
+  } else if (!gather_param(group, static_cast<uint32_t>(i), index, slot)) {
     return false;
   }
   run();
@@ -284,55 +291,88 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   return group;
 }
 
-// Whether the tensors of those roles are what the state holds now.
-[[gnu::always_inline]] inline bool Stepper::Slot::is_current(uint32_t of_roles) const {
+// Whether the tensors of those roles are what the state holds now, and of the parameter's shape.
+[[gnu::always_inline]] inline bool Stepper::Slot::is_current(const at::TensorImpl& tensor,
+                                                             uint32_t roles) const {
   if (state == nullptr) return true;  // the snapshot of all state notices when there is one
   const uint64_t version = version_of(state);
-  return version != 0 && version == state_version && of_roles == roles;
+  return version != 0 && version == state_version && fingerprint(tensor, roles) == looked_for;
 }
 
-// False where something else than a tensor is in the place of one.
-[[gnu::noinline]] bool Stepper::Slot::find_stored(uint32_t of_roles) {
+// False where something else than a tensor of the parameter's shape is in the place of one.
+[[gnu::noinline]] bool Stepper::Slot::find_stored(const at::TensorImpl& tensor, uint32_t roles) {
   state_version = 0;
   FirstItems items(state);
   for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
-    PyObject* found = (of_roles & bit_of(role)) != 0 ? items.find(name_of(role)) : nullptr;
-    stored[role] = nullptr;
-    if (found == nullptr || found == Py_None) continue;
+    PyObject* found = (roles & bit_of(role)) != 0 ? items.find(name_of(role)) : nullptr;
+    if (found == nullptr || found == Py_None) {
+      stored[role] = no_tensor();
+      continue;
+    }
     if (!THPVariable_Check(found)) return false;
-    stored[role] = &THPVariable_Unpack(found);
+    const at::Tensor& of_role = THPVariable_Unpack(found);
+    if (!is_equal(of_role.sizes(), tensor.sizes())) return false;
+    if (of_role.unsafeGetTensorImpl() != stored[role]._unsafe_get_target())
+      stored[role] = WeakTensor(of_role.getIntrusivePtr());
   }
-  roles = of_roles;
   state_version = version_of(state);
+  looked_for = fingerprint(tensor, roles);
   return true;
 }
 
-[[gnu::always_inline]] inline void Stepper::Slot::remember(const Operands& operands) {
-  const auto storage = [](const at::Tensor& tensor) -> const void* {
-    return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  };
-  // A prefetch of nothing would cost more than one of the same line again.
-  const at::Tensor& buffer =
-      operands.momentum_buffer == nullptr ? *operands.param : *operands.momentum_buffer;
-  const at::Tensor& ema = operands.ema == nullptr ? *operands.param : *operands.ema;
-  tensors = {operands.param->unsafeGetTensorImpl(), operands.grad->unsafeGetTensorImpl(),
-             buffer.unsafeGetTensorImpl(), ema.unsafeGetTensorImpl()};
-  others = {tensors[0]->autograd_meta(), storage(*operands.param), storage(*operands.grad),
-            storage(buffer), storage(ema)};
+namespace {
+
+[[gnu::always_inline]] inline void prefetch(const void* object, size_t offset) {
+  __builtin_prefetch(static_cast<const char*>(object) + offset);
 }
 
-// Inlined by force: a function that only prefetches has no effect in gcc's eyes, and a call of it
-// is dropped.
-[[gnu::always_inline]] inline void Stepper::Slot::prefetch() const {
-  __builtin_prefetch(param);
-  __builtin_prefetch(reinterpret_cast<const char*>(state) + 32);
-  for (const at::Tensor* tensor : stored) __builtin_prefetch(tensor);
-  // What is read of a tensor lies on three cache lines, four at times.
-  for (const at::TensorImpl* tensor : tensors) {
-    for (int offset = 16; offset < 192; offset += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(tensor) + offset);
+// What is read of a tensor lies on two to four cache lines.
+[[gnu::always_inline]] inline void prefetch_tensor(const at::TensorImpl* tensor, bool with_sizes) {
+  prefetch(tensor, 16);
+  if (with_sizes) prefetch(tensor, 72);
+  prefetch(tensor, 144);
+  prefetch(tensor, sizeof(at::TensorImpl) - 1);
+}
+
+[[gnu::always_inline]] inline void prefetch_storage(const at::TensorImpl* tensor) {
+  prefetch(tensor->unsafe_storage().unsafeGetStorageImpl(), 16);
+}
+
+[[gnu::always_inline]] inline const at::TensorImpl* tensor_of(PyObject* param) {
+  return THPVariable_Check(param) ? THPVariable_Unpack(param).unsafeGetTensorImpl() : nullptr;
+}
+
+}  // namespace
+
+// Four functions that are called one after the other, each some parameters later, as each reads
+// what the one before has fetched. Inlined by force: a function that only prefetches has no effect
+// in gcc's eyes, and a call of it is dropped.
+[[gnu::always_inline]] inline void Stepper::Slot::prefetch_objects() const {
+  prefetch(param, 0);
+  if (state != nullptr) prefetch(state, sizeof(PyVarObject));  // its version
+  for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
+    if (tensor(role) != nullptr) prefetch_tensor(tensor(role), false);
   }
-  for (const void* object : others) __builtin_prefetch(static_cast<const char*>(object) + 32);
+  if (last_grad != nullptr) prefetch_tensor(last_grad, true);
+}
+
+[[gnu::always_inline]] inline void Stepper::Slot::prefetch_tensors() const {
+  if (tensor_of(param) != nullptr) prefetch_tensor(tensor_of(param), true);
+  for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
+    if (tensor(role) != nullptr) prefetch_storage(tensor(role));
+  }
+}
+
+[[gnu::always_inline]] inline void Stepper::Slot::prefetch_behind_param() const {
+  if (tensor_of(param) == nullptr) return;
+  prefetch_storage(tensor_of(param));
+  prefetch(tensor_of(param)->autograd_meta(), 32);
+}
+
+[[gnu::always_inline]] inline void Stepper::Slot::prefetch_behind_grad() const {
+  if (tensor_of(param) == nullptr) return;
+  const at::TensorImpl* const grad = grad_of(*tensor_of(param));
+  if (grad != nullptr) prefetch_storage(grad);
 }
 
 // Looks every parameter's state up, which hashes it: the slow path.
@@ -344,7 +384,7 @@ void Stepper::find_slots(PyObject* state) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
-      slots_.push_back({param, state_of(param, state), static_cast<uint32_t>(slots_.size())});
+      slots_.push_back({param, state_of(param, state)});
       slot_params_.push_back(param);
     }
   }
@@ -364,6 +404,7 @@ bool Stepper::has_slots_of_params() const {
 
 bool Stepper::gather(PyObject* state) {
   if (!state_.matches(state) || !has_slots_of_params()) find_slots(state);
+  gathered_slots_ = slots_;
   Slot* slot = slots_.data();
   Slot* const end = slot + slots_.size();
   for (size_t i = 0; i < groups_.size(); ++i) {
@@ -374,8 +415,12 @@ bool Stepper::gather(PyObject* state) {
       continue;
     }
     for (size_t j = 0; j < size; ++j, ++slot) {
-      if (slot + kAhead < end) slot[kAhead].prefetch();
-      if (!gather_param(groups_[i], static_cast<uint32_t>(i), *slot)) return false;
+      if (slot + 4 * kAhead < end) slot[4 * kAhead].prefetch_objects();
+      if (slot + 3 * kAhead < end) slot[3 * kAhead].prefetch_tensors();
+      if (slot + 2 * kAhead < end) slot[2 * kAhead].prefetch_behind_param();
+      if (slot + kAhead < end) slot[kAhead].prefetch_behind_grad();
+      const auto index = static_cast<uint32_t>(slot - slots_.data());
+      if (!gather_param(groups_[i], static_cast<uint32_t>(i), index, *slot)) return false;
     }
   }
   return true;
@@ -383,14 +428,9 @@ bool Stepper::gather(PyObject* state) {
 
 // Adds an entry if all its tensors are plain, of a type we know and alike in layout.
 [[gnu::always_inline]] inline bool Stepper::add_entry(const Operands& operands) {
-  const auto impl_of = [](const at::Tensor* tensor) __attribute__((always_inline)) {
-    return tensor == nullptr ? nullptr : tensor->unsafeGetTensorImpl();
-  };
-  at::TensorImpl* const param = impl_of(operands.param);
-  at::TensorImpl* const grad = impl_of(operands.grad);
-  at::TensorImpl* const buffer = impl_of(operands.momentum_buffer);
-  at::TensorImpl* const ema = impl_of(operands.ema);
-  at::TensorImpl* const low_precision = impl_of(operands.low_precision_param);
+  const auto [param, grad, buffer, ema, low_precision] =
+      std::tie(operands.param, operands.grad, operands.momentum_buffer, operands.ema,
+               operands.low_precision_param);
   const ElementType param_type = element_type(*param);
   const auto type_of = [](const at::TensorImpl* tensor, ElementType otherwise)
                            __attribute__((always_inline)) {
@@ -407,9 +447,10 @@ bool Stepper::gather(PyObject* state) {
 
   const Layout layout(*param);
   const auto fits = [&](const at::TensorImpl* tensor) __attribute__((always_inline)) {
-    return tensor == nullptr || (is_plain(*tensor) && layout.is_of(*tensor));
+    return tensor == nullptr || (is_plain(*tensor) && layout.is_still_of(*tensor));
   };
-  if (!is_plain(*param) || !fits(grad) || !fits(buffer) || !fits(ema) || !fits(low_precision))
+  if (!is_plain(*param) || !is_plain(*grad) || !layout.is_of(*grad) || !fits(buffer) ||
+      !fits(ema) || !fits(low_precision))
     return false;
 
   const auto data = [](const at::TensorImpl* tensor, bool is_written, ElementType type)
@@ -432,125 +473,121 @@ bool Stepper::gather(PyObject* state) {
                         .first_step = operands.first_step,
                         .new_master = operands.new_master});
   numel_ += param->numel();
-  entry_tensors_.push_back({param, buffer, ema, low_precision, grad});
-  written_.push_back(param);
-  const at::TensorImpl* counted = param;
+  VersionCounter last = written_.emplace_back(*param);
   for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
-    if (tensor == nullptr || StateMemory::count_versions_together(*counted, *tensor)) continue;
-    written_.push_back(tensor);
-    counted = tensor;
+    if (tensor == nullptr) continue;
+    const VersionCounter counter(*tensor);
+    if (counter == last) continue;
+    written_.push_back(counter);
+    last = counter;
   }
   return true;
 }
 
-bool Stepper::gather_param(const Group& group, uint32_t index, Slot& slot) {
-  if (!THPVariable_Check(slot.param)) return false;
-  const at::Tensor& param = THPVariable_Unpack(slot.param);
-  const at::Tensor& grad = grad_of(*param.unsafeGetTensorImpl());
-  if (!grad.defined()) return true;
-
-  Operands operands{.param = &param, .grad = &grad, .group = index, .param_index = slot.index};
-  if (!slot.is_current(group.roles) && !slot.find_stored(group.roles)) return false;
-  if (group.update.has_momentum()) {
-    operands.momentum_buffer = slot.stored[kMomentumBuffer];
-    if (operands.momentum_buffer == nullptr) {
-      operands.first_step = true;
-      const at::ScalarType dtype =
-          group.master_weights && element_size(element_type(*param.unsafeGetTensorImpl())) == 2
-              ? at::kFloat
-              : param.scalar_type();
-      operands.momentum_buffer =
-          &new_tensor(slot, kMomentumBuffer, group.momentum_dtype.value_or(dtype));
-    }
-  }
-  if ((group.averaging != Averaging::kNone || group.master_weights) &&
-      !gather_more(group, slot, operands))
-    return false;
-
-  slot.remember(operands);
-  return add_entry(operands) || add_unusual(operands);
-}
-
 // Of the parameter's shape, without content; goes into state when the step has been taken.
-[[gnu::noinline]] const at::Tensor& Stepper::new_tensor(const Slot& slot, Role role,
-                                                        at::ScalarType dtype,
-                                                        const at::Tensor* sibling) {
+[[gnu::noinline]] at::TensorImpl* Stepper::new_tensor(const Slot& slot, Role role,
+                                                      at::ScalarType dtype,
+                                                      at::TensorImpl* sibling) {
   const at::Tensor& param = THPVariable_Unpack(slot.param);
   new_state_.push_back(
       {slot.param, role, state_memory_.empty_like(param, dtype, sibling), nullptr});
-  return new_state_.back().tensor;
+  return new_state_.back().tensor.unsafeGetTensorImpl();
 }
 
 // The average and the master copy.
-[[gnu::noinline]] bool Stepper::gather_more(const Group& group, const Slot& slot,
-                                            Operands& operands) {
-  const at::Tensor& param = *operands.param;
-  const bool is_half = element_size(element_type(*param.unsafeGetTensorImpl())) == 2;
+inline void Stepper::gather_more(const Group& group, const Slot& slot, Operands& operands) {
+  at::TensorImpl* const param = operands.param;
+  const bool is_half = element_size(element_type(*param)) == 2;
   if (group.master_weights && is_half) {
-    operands.low_precision_param = &param;
-    operands.param = slot.stored[kMasterParam];
+    operands.low_precision_param = param;
+    operands.param = slot.tensor(kMasterParam);
     if (operands.param == nullptr) {
       operands.new_master = true;
-      operands.param = &new_tensor(slot, kMasterParam, at::kFloat, operands.momentum_buffer);
+      operands.param = new_tensor(slot, kMasterParam, at::kFloat, operands.momentum_buffer);
     }
   }
-  if (group.averaging == Averaging::kNone) return true;
+  if (group.averaging == Averaging::kNone) return;
   const bool is_equal = group.averaging == Averaging::kEqual;
   // On a GPU the kernel knows where the schedule stands.
-  if (is_equal && group.on_gpu == nullptr && !ends_cycle(group.schedule, group.position))
-    return true;
-  operands.ema = slot.stored[kEma];
+  if (is_equal && group.on_gpu == nullptr && !ends_cycle(group.schedule, group.position)) return;
+  operands.ema = slot.tensor(kEma);
   const bool is_new = operands.ema == nullptr;
   if (is_new) {
-    const at::ScalarType dtype = param.scalar_type();
-    const at::Tensor* sibling = operands.momentum_buffer;
+    const at::ScalarType dtype = is_half ? at::kFloat : c10::typeMetaToScalarType(param->dtype());
+    at::TensorImpl* sibling = operands.momentum_buffer;
     if (sibling == nullptr && operands.low_precision_param != nullptr) sibling = operands.param;
-    operands.ema = &new_tensor(slot, kEma, is_half ? at::kFloat : dtype, sibling);
+    operands.ema = new_tensor(slot, kEma, dtype, sibling);
   }
   if (!is_equal) {
     operands.ema_decay = is_new ? 0 : group.ema_decay;
   } else if (group.on_gpu == nullptr) {
-    PyObject* counted = is_new ? nullptr : find(slot.state, names::n_averaged());
-    const int64_t n_averaged = counted == nullptr ? 0 : py::cast<int64_t>(py::handle(counted));
-    operands.ema_decay = decay_of_equal_average(n_averaged);
-    averaged_.push_back({slot.param, n_averaged + 1});
+    operands.ema_decay = decay_of_equal_average(count_average(slot, is_new));
   }
-  return true;
+}
+
+// How many weights the average holds before this step.
+[[gnu::noinline]] int64_t Stepper::count_average(const Slot& slot, bool is_new) {
+  PyObject* counted = is_new ? nullptr : find(slot.state, names::n_averaged());
+  const int64_t n_averaged = counted == nullptr ? 0 : py::cast<int64_t>(py::handle(counted));
+  averaged_.push_back({slot.param, n_averaged + 1});
+  return n_averaged;
+}
+
+// Flat, as torch's accessors are called through a table where they are not inlined.
+[[gnu::flatten]] bool Stepper::gather_param(const Group& group, uint32_t group_index,
+                                            uint32_t param_index, Slot& slot) {
+  if (!THPVariable_Check(slot.param)) return false;
+  at::TensorImpl* const param = THPVariable_Unpack(slot.param).unsafeGetTensorImpl();
+  at::TensorImpl* const grad = grad_of(*param);
+  if (grad == nullptr) return true;
+
+  Operands operands{.param = param, .grad = grad, .group = group_index, .param_index = param_index};
+  slot.last_grad = grad;
+  if (!slot.is_current(*param, group.roles) && !slot.find_stored(*param, group.roles)) return false;
+  if (group.update.has_momentum()) {
+    operands.momentum_buffer = slot.tensor(kMomentumBuffer);
+    if (operands.momentum_buffer == nullptr) {
+      operands.first_step = true;
+      const at::ScalarType dtype = group.master_weights && element_size(element_type(*param)) == 2
+                                       ? at::kFloat
+                                       : c10::typeMetaToScalarType(param->dtype());
+      operands.momentum_buffer =
+          new_tensor(slot, kMomentumBuffer, group.momentum_dtype.value_or(dtype));
+    }
+  }
+  if (group.averaging != Averaging::kNone || group.master_weights)
+    gather_more(group, slot, operands);
+  return add_entry(operands) || add_unusual(operands);
 }
 
 // Shards, complex numbers and layouts that differ: brought to the plain form, by a copy where
 // nothing less will do.
 [[gnu::noinline]] bool Stepper::add_unusual(const Operands& operands) {
-  const at::Tensor& param =
-      *(operands.low_precision_param == nullptr ? operands.param : operands.low_precision_param);
-  const at::Tensor plain_param = to_plain(*operands.param, param);
+  const at::Tensor param =
+      own(operands.low_precision_param == nullptr ? operands.param : operands.low_precision_param);
+  const at::Tensor plain_param = to_plain(own(operands.param), param);
   if (!plain_param.defined()) return false;
   if (at::has_internal_overlap(plain_param) == at::MemOverlap::Yes) return false;
   const at::Tensor flat_param = to_layout_of(plain_param, plain_param, true);
   bool is_known = true;
-  const auto flatten = [&](const at::Tensor* tensor, bool is_written) -> at::Tensor {
-    if (tensor == nullptr) return {};
-    const at::Tensor plain = to_plain(*tensor, param);
+  const auto flatten = [&](at::TensorImpl* tensor, bool is_written) -> at::TensorImpl* {
+    if (tensor == nullptr) return nullptr;
+    const at::Tensor plain = to_plain(own(tensor), param);
     const at::Tensor flat =
         plain.defined() ? to_layout_of(plain, flat_param, is_written) : at::Tensor();
     is_known &= flat.defined();
-    return flat;
+    return flat.unsafeGetTensorImpl();
   };
-  const at::Tensor grad = flatten(operands.grad, false);
-  const at::Tensor buffer = flatten(operands.momentum_buffer, true);
-  const at::Tensor ema = flatten(operands.ema, true);
-  const at::Tensor low_precision = flatten(operands.low_precision_param, true);
-  if (!is_known) return false;
-  if (operands.low_precision_param != nullptr &&
-      at::has_internal_overlap(low_precision) == at::MemOverlap::Yes)
-    return false;
-
   Operands flat = operands;
-  flat.param = &flat_param;
-  flat.grad = &grad;
-  if (operands.momentum_buffer != nullptr) flat.momentum_buffer = &buffer;
-  if (operands.ema != nullptr) flat.ema = &ema;
-  if (operands.low_precision_param != nullptr) flat.low_precision_param = &low_precision;
+  flat.param = flat_param.unsafeGetTensorImpl();
+  flat.grad = flatten(operands.grad, false);
+  flat.momentum_buffer = flatten(operands.momentum_buffer, true);
+  flat.ema = flatten(operands.ema, true);
+  flat.low_precision_param = flatten(operands.low_precision_param, true);
+  if (!is_known) return false;
+  if (flat.low_precision_param != nullptr &&
+      at::has_internal_overlap(flat.low_precision_param) == at::MemOverlap::Yes)
+    return false;
   if (!add_entry(flat)) return false;
   if (needs_norm()) note_shards(param);
   if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
@@ -593,13 +630,12 @@ FusedStep Stepper::host_step() const {
 
 // Others may drop tensors while the GIL is released.
 void Stepper::keep_tensors_alive() {
-  for (const EntryTensors& tensors : entry_tensors_) {
-    for (at::TensorImpl* tensor : tensors) {
-      if (tensor == nullptr) continue;
-      kept_alive_.emplace_back(
-          c10::intrusive_ptr<at::TensorImpl,
-                             c10::UndefinedTensorImpl>::unsafe_reclaim_from_nonowning(tensor));
-    }
+  for (const Slot& slot : gathered_slots_) {
+    const at::Tensor& param = THPVariable_Unpack(slot.param);
+    kept_alive_.push_back(param);
+    if (at::TensorImpl* grad = grad_of(*param.unsafeGetTensorImpl()))
+      kept_alive_.push_back(own(grad));
+    for (const WeakTensor& tensor : slot.stored) kept_alive_.emplace_back(tensor.lock());
   }
 }
 
@@ -615,8 +651,8 @@ void Stepper::run() {
   }
   for (const CopyBack& staged : copy_back_) staged.tensor.copy_(staged.copy);
   for (size_t i = 0; i < written_.size(); ++i) {
-    if (i + kAhead < written_.size()) __builtin_prefetch(&written_[i + kAhead]->version_counter());
-    written_[i]->bump_version();
+    if (i + kCountersAhead < written_.size()) written_[i + kCountersAhead].prefetch();
+    written_[i].bump();
   }
 }
 

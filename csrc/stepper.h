@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "cuda/launcher.h"
@@ -16,6 +17,7 @@
 #include "fused_step.h"
 #include "python_dict.h"
 #include "state_memory.h"
+#include "version_counter.h"
 
 namespace sgdr {
 
@@ -36,7 +38,8 @@ class Stepper {
   // step had made it: see Note [State side by side].
   at::Tensor keep(const at::Tensor& copy, const std::optional<at::Tensor>& sibling) {
     const at::NoGradGuard no_grad;
-    return state_memory_.copy_of(copy, sibling.has_value() ? &*sibling : nullptr);
+    return state_memory_.copy_of(copy,
+                                 sibling.has_value() ? sibling->unsafeGetTensorImpl() : nullptr);
   }
 
   // None: no limit.
@@ -60,13 +63,15 @@ class Stepper {
   static PyObject* name_of(Role role);
   static constexpr uint32_t bit_of(Role role) { return 1u << role; }
 
+  using WeakTensor = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
+  static WeakTensor no_tensor() { return WeakTensor(at::Tensor().getIntrusivePtr()); }
+
   // A parameter of a group on a GPU, and the tensors in its state that its flags are about: null
   // where there is none yet, and the flag is set. Weak pointers, so that the address cannot come to
   // stand for another tensor.
   struct Tracked {
     py::object param;
-    using Weak = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
-    std::vector<Weak> tensors;
+    std::vector<WeakTensor> tensors;
 
     Tracked(py::object param, PyObject* state_of_param);
     void set(Role role, const at::Tensor& tensor);
@@ -103,38 +108,43 @@ class Stepper {
   };
   // A parameter, its gradient and its state, and what else its entry says.
   struct Operands {
-    const at::Tensor* param;  // the master copy, where there is one
-    const at::Tensor* grad;
-    const at::Tensor* momentum_buffer = nullptr;
-    const at::Tensor* ema = nullptr;
-    const at::Tensor* low_precision_param = nullptr;
+    at::TensorImpl* param;  // the master copy, where there is one
+    at::TensorImpl* grad;
+    at::TensorImpl* momentum_buffer = nullptr;
+    at::TensorImpl* ema = nullptr;
+    at::TensorImpl* low_precision_param = nullptr;
     double ema_decay = 0;
     uint32_t group;
     uint32_t param_index;
     bool first_step = false;
     bool new_master = false;
   };
-  // A parameter, its dict in state and the tensors in that, all borrowed: the snapshots own the
-  // first two, and the dict the tensors, as long as its version is the same.
-  struct Slot {
+  // A parameter and its dict in state, which the snapshots own, and the tensors in that, which are
+  // the same as long as the dict has the same version. Fills one cache line.
+  struct alignas(64) Slot {
     PyObject* param;
     PyObject* state;             // null: none
-    uint32_t index;              // among the parameters of all groups
-    uint32_t roles = 0;          // that were looked for in the state, a bit each
-    uint64_t state_version = 0;  // then; 0: not known
-    std::array<const at::Tensor*, kRoles> stored = {};
-    // What the last step read besides. A hint: prefetched, never followed.
-    std::array<const at::TensorImpl*, 4> tensors = {};
-    std::array<const void*, 5> others = {};
+    uint64_t state_version = 0;  // when the tensors were looked up; 0: not known
+    uint64_t looked_for = 0;     // then: the fingerprint of the parameter's shape and the roles
+    std::array<WeakTensor, kRoles> stored = {no_tensor(), no_tensor(), no_tensor()};
+    const at::TensorImpl* last_grad = nullptr;  // a hint: prefetched, never followed
 
-    bool is_current(uint32_t of_roles) const;
-    bool find_stored(uint32_t of_roles);
-    void remember(const Operands& operands);
-    void prefetch() const;
+    // Both take the parameter.
+    bool is_current(const at::TensorImpl& tensor, uint32_t roles) const;
+    bool find_stored(const at::TensorImpl& tensor, uint32_t roles);
+    // Null: none.
+    at::TensorImpl* tensor(Role role) const {
+      at::TensorImpl* const tensor = stored[role]._unsafe_get_target();
+      return tensor == c10::UndefinedTensorImpl::singleton() ? nullptr : tensor;
+    }
+    void prefetch_objects() const;
+    void prefetch_tensors() const;
+    void prefetch_behind_param() const;
+    void prefetch_behind_grad() const;
   };
-  static constexpr size_t kAhead = 3;
-  // The tensors of one entry, or null; all but the last are written.
-  using EntryTensors = std::array<at::TensorImpl*, 5>;
+  static_assert(sizeof(Slot) == 64);
+  static constexpr size_t kAhead = 2;
+  static constexpr size_t kCountersAhead = 8;
   struct NewState {
     PyObject* param;
     Role role;
@@ -172,10 +182,12 @@ class Stepper {
   // Of the parameters [first, last) of a group, whose slots begin with the one given.
   bool gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last, bool advances);
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
-  bool gather_param(const Group& group, uint32_t index, Slot& slot);
-  bool gather_more(const Group& group, const Slot& slot, Operands& operands);
-  const at::Tensor& new_tensor(const Slot& slot, Role role, at::ScalarType dtype,
-                               const at::Tensor* sibling = nullptr);
+  // Of the parameter at that place among those of all groups.
+  bool gather_param(const Group& group, uint32_t group_index, uint32_t param_index, Slot& slot);
+  void gather_more(const Group& group, const Slot& slot, Operands& operands);
+  int64_t count_average(const Slot& slot, bool is_new);
+  at::TensorImpl* new_tensor(const Slot& slot, Role role, at::ScalarType dtype,
+                             at::TensorImpl* sibling = nullptr);
   bool add_entry(const Operands& operands);
   bool add_unusual(const Operands& operands);
   at::Tensor to_plain(const at::Tensor& tensor, const at::Tensor& param);
@@ -196,7 +208,7 @@ class Stepper {
   void store_new_state(const py::dict& state);
   void advance_group(Group& group, PyObject* dict, const py::dict& state);
 
-  bool is_plain(const at::TensorImpl& tensor) const {
+  [[gnu::always_inline]] bool is_plain(const at::TensorImpl& tensor) const {
     return tensor.key_set() == plain_keys_ && (device_.is_cpu() || tensor.device() == device_);
   }
 
@@ -225,8 +237,8 @@ class Stepper {
   // Of the step under way; members so that their memory is kept.
   int64_t numel_ = 0;
   std::vector<TensorEntry> entries_;
-  std::vector<EntryTensors> entry_tensors_;
-  std::vector<at::TensorImpl*> written_;  // of those that count their versions together, one
+  std::span<const Slot> gathered_slots_;
+  std::vector<VersionCounter> written_;  // of the tensors that are, each once
   std::vector<GroupStep> group_steps_;
   std::vector<GpuStep> gpu_steps_;
   std::deque<NewState> new_state_;  // whose elements do not move

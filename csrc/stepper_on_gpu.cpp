@@ -28,14 +28,14 @@ at::Tensor float_on(const py::object& value, c10::Device device) {
 
 Stepper::Tracked::Tracked(py::object param, PyObject* state_of_param) : param(std::move(param)) {
   for (size_t role = 0; role < kRoles; ++role) {
-    tensors.emplace_back(at::Tensor().getIntrusivePtr());
+    tensors.push_back(no_tensor());
     const at::Tensor* stored = tensor_in(state_of_param, name_of(static_cast<Role>(role)));
     if (stored != nullptr) set(static_cast<Role>(role), *stored);
   }
 }
 
 void Stepper::Tracked::set(Role role, const at::Tensor& tensor) {
-  tensors[role] = Weak(tensor.getIntrusivePtr());
+  tensors[role] = WeakTensor(tensor.getIntrusivePtr());
 }
 
 bool Stepper::Tracked::is(Role role, const at::TensorImpl* tensor) const {
@@ -112,10 +112,11 @@ bool Stepper::gather_on_gpu(Group& group, Slot* slots, size_t first, size_t last
     if (group.update.has_momentum()) track(on_gpu, i, kMomentumBuffer, slot.state);
     if (group.averaging != Averaging::kNone) track(on_gpu, i, kEma, slot.state);
     if (group.master_weights) track(on_gpu, i, kMasterParam, slot.state);
-    const size_t gathered = entry_tensors_.size();
+    const size_t gathered = gathered_->size();
     const size_t created = new_state_.size();
-    if (!gather_param(group, index, slot)) return false;
-    if (entry_tensors_.size() == gathered) continue;
+    const auto param_index = group.first_param + static_cast<uint32_t>(i);
+    if (!gather_param(group, index, param_index, slot)) return false;
+    if (gathered_->size() == gathered) continue;
     step.param_indices.push_back(static_cast<uint32_t>(i));
     for (size_t j = created; j < new_state_.size(); ++j) {
       new_state_[j].tracked = &on_gpu.params[i];

@@ -41,6 +41,14 @@ inline c10::DispatchKeySet plain_keys() {
   return true;
 }
 
+// One number for a tensor's sizes and a small number, another for others.
+[[gnu::always_inline]] inline uint64_t fingerprint(const at::TensorImpl& tensor, uint32_t number) {
+  uint64_t print = number;
+  for (const int64_t size : tensor.sizes())
+    print = (print + static_cast<uint64_t>(size) + 1) * 0x9E3779B97F4A7C15;
+  return print;
+}
+
 // How a tensor's elements lie in memory.
 class Layout {
  public:
@@ -50,11 +58,21 @@ class Layout {
   // Whether the other tensor has the same elements in the same order of memory, without gaps.
   [[gnu::always_inline]] bool is_of(const at::TensorImpl& other) const {
     if (!is_equal(sizes_, other.sizes())) return false;
-    if (is_contiguous_) return other.is_contiguous();
-    return tensor_.is_non_overlapping_and_dense() && is_equal(tensor_.strides(), other.strides());
+    return is_contiguous_ ? other.is_contiguous() : has_strides_of(other);
+  }
+
+  // The same of one that is known to have the same sizes: most often without the cache line that
+  // they lie on.
+  [[gnu::always_inline]] bool is_still_of(const at::TensorImpl& other) const {
+    if (is_contiguous_) return other.is_contiguous() && other.numel() == tensor_.numel();
+    return is_equal(sizes_, other.sizes()) && has_strides_of(other);
   }
 
  private:
+  bool has_strides_of(const at::TensorImpl& other) const {
+    return tensor_.is_non_overlapping_and_dense() && is_equal(tensor_.strides(), other.strides());
+  }
+
   const at::TensorImpl& tensor_;
   at::IntArrayRef sizes_;
   bool is_contiguous_;
@@ -67,11 +85,12 @@ inline at::Tensor copy_in_layout_of(const at::Tensor& tensor, const at::Tensor& 
   return copy;
 }
 
-inline const at::Tensor& grad_of(const at::TensorImpl& param) {
-  static const at::Tensor none;
+// Null: none.
+[[gnu::always_inline]] inline at::TensorImpl* grad_of(const at::TensorImpl& param) {
   // Not Tensor::grad(), which spends longer on a warning than we on the tensor.
   const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(param.autograd_meta());
-  return meta == nullptr ? none : meta->grad_;
+  if (meta == nullptr || !meta->grad_.defined()) return nullptr;
+  return meta->grad_.unsafeGetTensorImpl();
 }
 
 // Of a plain tensor, that is: it has a storage, and its type is known.

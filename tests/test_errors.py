@@ -203,6 +203,35 @@ def test_bad_last_parameter_stops_the_step_before_anything_is_written(backend, s
     assert_unchanged(before, optimizer, params[:-1])
 
 
+@pytest.mark.parametrize("shape", [(1, 17), (17, 1), (5,)], ids=str)
+@pytest.mark.parametrize("role", ["momentum_buffer", "ema"])
+@pytest.mark.parametrize("reshaped", ["state", "param"])
+def test_state_of_another_shape_stops_the_step_before_anything_is_written(
+    backend, reshaped, role, shape
+):
+    """Of as many elements too: put there by hand, or left behind by a parameter that changed."""
+    options = {"ema_decay": 0.9, "momentum": 0} if role == "ema" else {}
+    optimizer, params = running_optimizer(backend, **options)
+    param = params[-1]
+    of_param = optimizer.state[param]
+
+    def reshape(tensor):
+        return tensor.flatten()[: torch.Size(shape).numel()].reshape(shape).clone()
+
+    if reshaped == "state":
+        of_param[role] = reshape(of_param[role])
+        message = f"{role} of shape {shape}, but the parameter's is (17,)"
+    else:
+        grad, param.grad = param.grad, None
+        param.data = reshape(param.data)
+        param.grad = reshape(grad)
+        message = f"{role} of shape (17,), but the parameter's is {shape}"
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
+
+
 def test_step_after_a_failed_one_is_as_if_it_had_not_been(backend):
     optimizer, params = running_optimizer(backend)
     expected, expected_params = running_optimizer(backend)

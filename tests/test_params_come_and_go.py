@@ -402,3 +402,31 @@ def test_group_entry_of_the_users_own_does_no_harm(backend):
     both.step(times=2)
     del both.optimizer.param_groups[0]["name"]
     both.step(times=2)
+
+
+def test_parameter_that_moves_to_a_group_with_an_average_and_back():
+    """The parameters of all groups, one after the other, are the same all the time."""
+
+    def run(backend):
+        params = make_params((65, 8, 33))
+        groups = [{"params": params[:1]}, {"params": params[1:], "ema_decay": 0.9}]
+        optimizer = FusedSGDR(groups, backend=backend, **OPTIONS)
+        without, with_average = (group["params"] for group in optimizer.param_groups)
+
+        def step(seed):
+            give_gradients(seed, params)
+            optimizer.step()
+
+        step(0)
+        step(1)
+        without.append(with_average.pop(0))
+        step(2)
+        state = optimizer.state[params[1]]
+        state["momentum_buffer"] = state["momentum_buffer"].clone()
+        step(3)
+        with_average.insert(0, without.pop())
+        step(4)
+        return [*params, *(optimizer.state[param]["ema"] for param in params[1:])]
+
+    for expected, actual in zip(run("reference"), run("native"), strict=True):
+        assert torch.equal(expected, actual)

@@ -293,16 +293,23 @@ def test_a_lazy_clone_keeps_its_values(of, size, backend):
 
 
 @pytest.mark.parametrize("role", ["momentum_buffer", "ema"])
-def test_swapped_state_is_followed(role, backend):
+def test_swapped_state_is_followed_or_refused(role, backend):
+    """torch swaps no tensor that somebody has a weak reference to, as the native step has."""
     optimizer, params = make(backend, sizes=[64])
-    step(optimizer, params, 1)
+    for seed in (1, 2):
+        step(optimizer, params, seed)
     twin = copy.deepcopy(optimizer)
     tensor = optimizer.state[params[0]][role]
-    torch.utils.swap_tensors(tensor, torch.full([64], 2.0))
     of_twin = twin.param_groups[0]["params"]
-    twin.state[of_twin[0]][role].fill_(2.0)
-    step(optimizer, params, 2)
-    step(twin, of_twin, 2)
+    other = torch.full([64], 2.0)
+    if backend == "native":
+        with pytest.raises(RuntimeError, match="weakref"):
+            torch.utils.swap_tensors(tensor, other)
+    else:
+        torch.utils.swap_tensors(tensor, other)
+        twin.state[of_twin[0]][role].fill_(2.0)
+    step(optimizer, params, 3)
+    step(twin, of_twin, 3)
     assert optimizer.state[params[0]][role] is tensor
     assert torch.equal(params[0], of_twin[0])
     assert torch.equal(tensor, twin.state[of_twin[0]][role])

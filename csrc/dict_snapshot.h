@@ -19,7 +19,9 @@ namespace py = pybind11;
 // they held then, and reads the memory addresses anew from the tensors. Whatever differs (a new
 // buffer after load_state_dict, a parameter unfrozen, param_group["momentum"] = 0.8) takes the slow
 // path once. The snapshot owns the objects it has seen, so an address cannot come to stand for
-// another object.
+// another object. The tensors in a parameter's dict are known by weak pointers: as long as the dict
+// has the same version they are in it, and torch swaps no tensor that somebody points to so. Their
+// sizes are compared with the parameter's when they are looked up, not at each step.
 class DictSnapshot {
  public:
   bool matches(PyObject* dict) {

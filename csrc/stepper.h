@@ -238,7 +238,7 @@ class Stepper {
   int64_t numel_ = 0;
   std::vector<TensorEntry> entries_;
   std::span<const Slot> gathered_slots_;
-  std::vector<VersionCounter> written_;  // of the tensors that are, each once
+  std::vector<VersionCounter> written_;  // of the tensors that are
   std::vector<GroupStep> group_steps_;
   std::vector<GpuStep> gpu_steps_;
   std::deque<NewState> new_state_;  // whose elements do not move

@@ -1,6 +1,7 @@
 // Memory and version counters of the tensors that the optimizer keeps for its parameters.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
@@ -53,7 +54,7 @@ class StateMemory {
   // As at::empty_like(), which would leave a hole on the heap where memory of its own had been.
   at::Tensor in_block(const at::Tensor& param, at::ScalarType dtype) {
     const size_t size = param.numel() * c10::elementSize(dtype);
-    at::Tensor tensor = at::empty({0}, dtype);
+    at::Tensor tensor = plain_empty(0, dtype);
     at::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
     storage->set_data_ptr_noswap(next_slice(size));
     storage->set_nbytes(size);
@@ -66,6 +67,11 @@ class StateMemory {
     return tensor;
   }
 
+  // Where a mode of torch's would make a tensor of another kind, too.
+  static at::Tensor plain_empty(int64_t numel, at::ScalarType dtype) {
+    return at::detail::empty_cpu({numel}, dtype);
+  }
+
   void count_versions_with(const at::TensorImpl* sibling, const at::Tensor& tensor) const {
     if (sibling == nullptr || !is_plain(*sibling) || !is_plain(*tensor.unsafeGetTensorImpl()))
       return;
@@ -74,7 +80,7 @@ class StateMemory {
 
   at::DataPtr next_slice(size_t size) {
     if (!block_.defined() || used_ + size > kBlock) {
-      block_ = at::empty({kBlock}, at::kByte);
+      block_ = plain_empty(kBlock, at::kByte);
       used_ = 0;
     }
     char* const slice = static_cast<char*>(block_.mutable_data_ptr()) + used_;

@@ -6,7 +6,6 @@
 #include <torch/csrc/Dtype.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "tensor_kinds.h"
 
@@ -129,6 +128,7 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
   Group& group = groups_[i];
   const size_t in_group = index - group.first_param;
   PyObject* param = PyList_GET_ITEM(group.params(), static_cast<Py_ssize_t>(in_group));
+  if (!THPVariable_Check(param)) return false;
   Slot slot{param, state_of(param, state.ptr())};
   gathered_slots_ = {&slot, 1};
   if (group.on_gpu != nullptr) {
@@ -291,16 +291,16 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
   return group;
 }
 
-// Whether the tensors of those roles are what the state holds now, and of the parameter's shape.
-[[gnu::always_inline]] inline bool Stepper::Slot::is_current(const at::TensorImpl& tensor,
-                                                             uint32_t roles) const {
+// Whether the tensors of those roles are what the state holds now, looked up for that shape.
+[[gnu::always_inline]] inline bool Stepper::Slot::is_current(uint32_t roles) const {
   if (state == nullptr) return true;  // the snapshot of all state notices when there is one
   const uint64_t version = version_of(state);
-  return version != 0 && version == state_version && fingerprint(tensor, roles) == looked_for;
+  return version != 0 && version == state_version &&
+         fingerprint(*param_tensor(), roles) == looked_for;
 }
 
 // False where something else than a tensor of the parameter's shape is in the place of one.
-[[gnu::noinline]] bool Stepper::Slot::find_stored(const at::TensorImpl& tensor, uint32_t roles) {
+[[gnu::noinline]] bool Stepper::Slot::find_stored(uint32_t roles) {
   state_version = 0;
   FirstItems items(state);
   for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
@@ -310,13 +310,13 @@ Stepper::Group Stepper::read_group(PyObject* dict, bool is_on_host) {
       continue;
     }
     if (!THPVariable_Check(found)) return false;
-    const at::Tensor& of_role = THPVariable_Unpack(found);
-    if (!is_equal(of_role.sizes(), tensor.sizes())) return false;
-    if (of_role.unsafeGetTensorImpl() != stored[role]._unsafe_get_target())
-      stored[role] = WeakTensor(of_role.getIntrusivePtr());
+    const at::Tensor& tensor = THPVariable_Unpack(found);
+    if (!is_equal(tensor.sizes(), param_tensor()->sizes())) return false;
+    if (tensor.unsafeGetTensorImpl() != stored[role]._unsafe_get_target())
+      stored[role] = WeakTensor(tensor.getIntrusivePtr());
   }
   state_version = version_of(state);
-  looked_for = fingerprint(tensor, roles);
+  looked_for = fingerprint(*param_tensor(), roles);
   return true;
 }
 
@@ -338,10 +338,6 @@ namespace {
   prefetch(tensor->unsafe_storage().unsafeGetStorageImpl(), 16);
 }
 
-[[gnu::always_inline]] inline const at::TensorImpl* tensor_of(PyObject* param) {
-  return THPVariable_Check(param) ? THPVariable_Unpack(param).unsafeGetTensorImpl() : nullptr;
-}
-
 }  // namespace
 
 // Four functions that are called one after the other, each some parameters later, as each reads
@@ -357,26 +353,24 @@ namespace {
 }
 
 [[gnu::always_inline]] inline void Stepper::Slot::prefetch_tensors() const {
-  if (tensor_of(param) != nullptr) prefetch_tensor(tensor_of(param), true);
+  prefetch_tensor(param_tensor(), true);
   for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
     if (tensor(role) != nullptr) prefetch_storage(tensor(role));
   }
 }
 
 [[gnu::always_inline]] inline void Stepper::Slot::prefetch_behind_param() const {
-  if (tensor_of(param) == nullptr) return;
-  prefetch_storage(tensor_of(param));
-  prefetch(tensor_of(param)->autograd_meta(), 32);
+  prefetch_storage(param_tensor());
+  prefetch(param_tensor()->autograd_meta(), 32);
 }
 
 [[gnu::always_inline]] inline void Stepper::Slot::prefetch_behind_grad() const {
-  if (tensor_of(param) == nullptr) return;
-  const at::TensorImpl* const grad = grad_of(*tensor_of(param));
+  const at::TensorImpl* const grad = grad_of(*param_tensor());
   if (grad != nullptr) prefetch_storage(grad);
 }
 
-// Looks every parameter's state up, which hashes it: the slow path.
-void Stepper::find_slots(PyObject* state) {
+// Looks every parameter's state up, which hashes it: the slow path. False where one is no tensor.
+bool Stepper::find_slots(PyObject* state) {
   state_.take(state);
   slots_.clear();
   slot_params_.clear();
@@ -384,10 +378,15 @@ void Stepper::find_slots(PyObject* state) {
     PyObject* list = group.params();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
+      if (!THPVariable_Check(param)) {
+        slot_params_.clear();
+        return false;
+      }
       slots_.push_back({param, state_of(param, state)});
-      slot_params_.push_back(param);
+      slot_params_.push_back(py::reinterpret_borrow<py::object>(param));
     }
   }
+  return true;
 }
 
 bool Stepper::has_slots_of_params() const {
@@ -396,14 +395,16 @@ bool Stepper::has_slots_of_params() const {
     PyObject* const list = group.params();
     PyObject** const params = PySequence_Fast_ITEMS(list);
     const Py_ssize_t size = PyList_GET_SIZE(list);
-    if (slot_params_.end() - next < size || !std::equal(params, params + size, next)) return false;
+    const auto is_same = [](PyObject* a, const py::object& b) { return a == b.ptr(); };
+    if (slot_params_.end() - next < size || !std::equal(params, params + size, next, is_same))
+      return false;
     next += size;
   }
   return next == slot_params_.end();
 }
 
 bool Stepper::gather(PyObject* state) {
-  if (!state_.matches(state) || !has_slots_of_params()) find_slots(state);
+  if ((!state_.matches(state) || !has_slots_of_params()) && !find_slots(state)) return false;
   gathered_slots_ = slots_;
   Slot* slot = slots_.data();
   Slot* const end = slot + slots_.size();
@@ -428,9 +429,11 @@ bool Stepper::gather(PyObject* state) {
 
 // Adds an entry if all its tensors are plain, of a type we know and alike in layout.
 [[gnu::always_inline]] inline bool Stepper::add_entry(const Operands& operands) {
-  const auto [param, grad, buffer, ema, low_precision] =
-      std::tie(operands.param, operands.grad, operands.momentum_buffer, operands.ema,
-               operands.low_precision_param);
+  at::TensorImpl* const param = operands.param;
+  at::TensorImpl* const grad = operands.grad;
+  at::TensorImpl* const buffer = operands.momentum_buffer;
+  at::TensorImpl* const ema = operands.ema;
+  at::TensorImpl* const low_precision = operands.low_precision_param;
   const ElementType param_type = element_type(*param);
   const auto type_of = [](const at::TensorImpl* tensor, ElementType otherwise)
                            __attribute__((always_inline)) {
@@ -473,13 +476,12 @@ bool Stepper::gather(PyObject* state) {
                         .first_step = operands.first_step,
                         .new_master = operands.new_master});
   numel_ += param->numel();
-  VersionCounter last = written_.emplace_back(*param);
-  for (at::TensorImpl* tensor : {buffer, ema, low_precision}) {
+  const size_t first_written = written_.size();
+  for (const at::TensorImpl* tensor : {param, buffer, ema, low_precision}) {
     if (tensor == nullptr) continue;
     const VersionCounter counter(*tensor);
-    if (counter == last) continue;
-    written_.push_back(counter);
-    last = counter;
+    const auto begin = written_.begin() + static_cast<ptrdiff_t>(first_written);
+    if (std::find(begin, written_.end(), counter) == written_.end()) written_.push_back(counter);
   }
   return true;
 }
@@ -536,21 +538,21 @@ inline void Stepper::gather_more(const Group& group, const Slot& slot, Operands&
 // Flat, as torch's accessors are called through a table where they are not inlined.
 [[gnu::flatten]] bool Stepper::gather_param(const Group& group, uint32_t group_index,
                                             uint32_t param_index, Slot& slot) {
-  if (!THPVariable_Check(slot.param)) return false;
-  at::TensorImpl* const param = THPVariable_Unpack(slot.param).unsafeGetTensorImpl();
+  at::TensorImpl* const param = slot.param_tensor();
   at::TensorImpl* const grad = grad_of(*param);
   if (grad == nullptr) return true;
 
   Operands operands{.param = param, .grad = grad, .group = group_index, .param_index = param_index};
   slot.last_grad = grad;
-  if (!slot.is_current(*param, group.roles) && !slot.find_stored(*param, group.roles)) return false;
+  const bool is_half = element_size(element_type(*param)) == 2;
+  const uint32_t roles = is_half ? group.roles : group.roles & ~bit_of(kMasterParam);
+  if (!slot.is_current(roles) && !slot.find_stored(roles)) return false;
   if (group.update.has_momentum()) {
     operands.momentum_buffer = slot.tensor(kMomentumBuffer);
     if (operands.momentum_buffer == nullptr) {
       operands.first_step = true;
-      const at::ScalarType dtype = group.master_weights && element_size(element_type(*param)) == 2
-                                       ? at::kFloat
-                                       : c10::typeMetaToScalarType(param->dtype());
+      const at::ScalarType dtype =
+          group.master_weights && is_half ? at::kFloat : c10::typeMetaToScalarType(param->dtype());
       operands.momentum_buffer =
           new_tensor(slot, kMomentumBuffer, group.momentum_dtype.value_or(dtype));
     }
@@ -590,7 +592,9 @@ inline void Stepper::gather_more(const Group& group, const Slot& slot, Operands&
     return false;
   if (!add_entry(flat)) return false;
   if (needs_norm()) note_shards(param);
-  if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  // What it wraps counts for itself.
+  if (param.unsafeGetTensorImpl()->is_python_dispatch() && !param.is_inference())
+    param.unsafeGetTensorImpl()->bump_version();
   return true;
 }
 
@@ -631,10 +635,8 @@ FusedStep Stepper::host_step() const {
 // Others may drop tensors while the GIL is released.
 void Stepper::keep_tensors_alive() {
   for (const Slot& slot : gathered_slots_) {
-    const at::Tensor& param = THPVariable_Unpack(slot.param);
-    kept_alive_.push_back(param);
-    if (at::TensorImpl* grad = grad_of(*param.unsafeGetTensorImpl()))
-      kept_alive_.push_back(own(grad));
+    kept_alive_.push_back(own(slot.param_tensor()));
+    if (at::TensorImpl* grad = grad_of(*slot.param_tensor())) kept_alive_.push_back(own(grad));
     for (const WeakTensor& tensor : slot.stored) kept_alive_.emplace_back(tensor.lock());
   }
 }

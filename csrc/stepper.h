@@ -119,19 +119,19 @@ class Stepper {
     bool first_step = false;
     bool new_master = false;
   };
-  // A parameter and its dict in state, which the snapshots own, and the tensors in that, which are
-  // the same as long as the dict has the same version. Fills one cache line.
+  // A parameter, which is a tensor, its dict in state, and the tensors in that, which are the same
+  // as long as the dict has the same version. Fills one cache line.
   struct alignas(64) Slot {
-    PyObject* param;
-    PyObject* state;             // null: none
+    PyObject* param;             // slot_params_ owns it
+    PyObject* state;             // state_ owns it; null: none
     uint64_t state_version = 0;  // when the tensors were looked up; 0: not known
-    uint64_t looked_for = 0;     // then: the fingerprint of the parameter's shape and the roles
+    uint64_t looked_for = 0;     // then: a hash of the parameter's shape and the roles
     std::array<WeakTensor, kRoles> stored = {no_tensor(), no_tensor(), no_tensor()};
     const at::TensorImpl* last_grad = nullptr;  // a hint: prefetched, never followed
 
-    // Both take the parameter.
-    bool is_current(const at::TensorImpl& tensor, uint32_t roles) const;
-    bool find_stored(const at::TensorImpl& tensor, uint32_t roles);
+    at::TensorImpl* param_tensor() const { return THPVariable_Unpack(param).unsafeGetTensorImpl(); }
+    bool is_current(uint32_t roles) const;
+    bool find_stored(uint32_t roles);
     // Null: none.
     at::TensorImpl* tensor(Role role) const {
       at::TensorImpl* const tensor = stored[role]._unsafe_get_target();
@@ -143,7 +143,7 @@ class Stepper {
     void prefetch_behind_grad() const;
   };
   static_assert(sizeof(Slot) == 64);
-  static constexpr size_t kAhead = 2;
+  static constexpr size_t kAhead = 2;  // parameters from one prefetch to what it is for
   static constexpr size_t kCountersAhead = 8;
   struct NewState {
     PyObject* param;
@@ -176,7 +176,7 @@ class Stepper {
   void sync_group(Group& group, PyObject* dict, const py::dict& state);
   static void track(OnGpu& on_gpu, size_t index, Role role, PyObject* state_of_param);
   static Group read_group(PyObject* dict, bool is_on_host);
-  void find_slots(PyObject* state);
+  bool find_slots(PyObject* state);
   bool has_slots_of_params() const;
   bool gather(PyObject* state);
   // Of the parameters [first, last) of a group, whose slots begin with the one given.
@@ -228,7 +228,7 @@ class Stepper {
   DictSnapshot state_;
   StateMemory state_memory_;
   std::vector<Slot> slots_;
-  std::vector<PyObject*> slot_params_;  // side by side, to be compared at once
+  std::vector<py::object> slot_params_;  // side by side, to be compared at once
   bool is_stepping_ = false;
   // Clears what is of the step under way only, whose beginning it marks.
   struct Stepping;

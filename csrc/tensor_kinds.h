@@ -41,11 +41,12 @@ inline c10::DispatchKeySet plain_keys() {
   return true;
 }
 
-// One number for a tensor's sizes and a small number, another for others.
+// A hash of a tensor's sizes and a number.
 [[gnu::always_inline]] inline uint64_t fingerprint(const at::TensorImpl& tensor, uint32_t number) {
-  uint64_t print = number;
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
+  uint64_t print = (number + 1) * kOdd;
   for (const int64_t size : tensor.sizes())
-    print = (print + static_cast<uint64_t>(size) + 1) * 0x9E3779B97F4A7C15;
+    print = (print + static_cast<uint64_t>(size) + 1) * kOdd;
   return print;
 }
 
@@ -61,8 +62,8 @@ class Layout {
     return is_contiguous_ ? other.is_contiguous() : has_strides_of(other);
   }
 
-  // The same of one that is known to have the same sizes: most often without the cache line that
-  // they lie on.
+  // The same of one that had the same sizes when it was looked up: most often without the cache
+  // line that they lie on.
   [[gnu::always_inline]] bool is_still_of(const at::TensorImpl& other) const {
     if (is_contiguous_) return other.is_contiguous() && other.numel() == tensor_.numel();
     return is_equal(sizes_, other.sizes()) && has_strides_of(other);

@@ -21,8 +21,8 @@ class VersionCounter {
   void prefetch() const { __builtin_prefetch(counter_, 1); }
 
   void bump() const {
-    // torch has no name for the counter itself; its handle, which would count its owners, is a
-    // pointer.
+    // torch has no name for the counter itself, and a copy of its handle would count its owners. So
+    // this relies on the handle being a pointer and nothing else.
     static_assert(sizeof(c10::VariableVersion) == sizeof(counter_));
     alignas(c10::VariableVersion) unsigned char handle[sizeof(counter_)];
     std::memcpy(handle, &counter_, sizeof(counter_));

@@ -263,6 +263,8 @@ def test_every_write_is_seen_by_the_version_counter(backend, param):
         grad_version = param.grad._version
         optimizer.step()
         assert param._version > version
+        if backend == "native":
+            assert param._version == version + 1
         assert param.grad._version == grad_version
 
 

@@ -430,3 +430,45 @@ def test_parameter_that_moves_to_a_group_with_an_average_and_back():
 
     for expected, actual in zip(run("reference"), run("native"), strict=True):
         assert torch.equal(expected, actual)
+
+
+def test_state_of_one_option_and_shape_is_not_taken_for_that_of_others():
+    """A buffer that is left while other options and another shape are in use, and comes back."""
+
+    def run(backend):
+        (param,) = params = make_params((5,))
+        whole = param.detach().clone()
+        optimizer = FusedSGDR(params, backend=backend, **OPTIONS)
+        (group,) = optimizer.param_groups
+
+        def steps(*seeds):
+            for seed in seeds:
+                give_gradients(seed, params)
+                optimizer.step()
+
+        steps(0, 1)
+        param.grad = None
+        param.data = whole[:4].clone()
+        group.update(momentum=0, ema_decay=0.9)
+        steps(2, 3)
+        param.grad = None
+        param.data = whole.clone()
+        group.update(momentum=0.9, ema_decay=None)
+        steps(4)
+        return param, optimizer.state[param]["momentum_buffer"]
+
+    for expected, actual in zip(run("reference"), run("native"), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_master_copy_that_is_not_in_use_may_have_any_shape(backend):
+    params = make_params((5,))
+    optimizer = FusedSGDR(params, backend=backend, master_weights=True, **OPTIONS)
+    other_params = copies_of(params)
+    other = FusedSGDR(other_params, backend=backend, **OPTIONS)
+    for seed in range(2):
+        give_gradients(seed, params, other_params)
+        optimizer.step()
+        other.step()
+        optimizer.state[params[0]]["master_param"] = torch.ones(3)
+    assert torch.equal(params[0], other_params[0])

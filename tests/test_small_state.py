@@ -11,6 +11,7 @@ import pytest
 import torch
 from pair import copies_of, give_gradients, make_params
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgdr_fused import FusedSGDR
 
@@ -209,6 +210,17 @@ def test_a_write_is_counted_once():
     assert of_param["momentum_buffer"]._version == before + 1
 
 
+def test_a_write_is_counted_once_where_only_some_count_together():
+    params = [torch.ones(64, dtype=torch.bfloat16).requires_grad_()]
+    optimizer = FusedSGDR(params, **OPTIONS, master_weights=True, backend="native")
+    step(optimizer, params, 0)
+    of_param = optimizer.state[params[0]]
+    of_param["momentum_buffer"] = of_param["momentum_buffer"].clone()
+    before = [tensor._version for tensor in of_param.values()]
+    step(optimizer, params, 1)
+    assert [tensor._version for tensor in of_param.values()] == [n + 1 for n in before]
+
+
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_tensors_of_one_parameters_state_count_their_versions_together(momentum):
     params = [torch.ones(64, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
@@ -290,6 +302,25 @@ def test_a_lazy_clone_keeps_its_values(of, size, backend):
     step(optimizer, params, 1)
     assert torch.equal(clone, before)
     assert not torch.equal(tensor, before)
+
+
+def test_first_step_under_a_mode_that_makes_other_tensors():
+    """State is of plain memory nevertheless, and so is what later steps take from its block."""
+    params = make_params([5, 64])
+    twins = copies_of(params)
+    optimizer = FusedSGDR(params, **OPTIONS, backend="native")
+    twin = FusedSGDR(twins, **OPTIONS, backend="reference")
+    give_gradients(0, params, twins)
+    params[1].grad = twins[1].grad = None
+    with FakeTensorMode():
+        optimizer.step()
+    twin.step()
+    give_gradients(1, params, twins)
+    optimizer.step()
+    twin.step()
+    for param, other in zip(params, twins, strict=True):
+        assert torch.equal(param, other)
+        assert all(type(tensor) is Tensor for tensor in optimizer.state[param].values())
 
 
 @pytest.mark.parametrize("role", ["momentum_buffer", "ema"])

@@ -159,14 +159,23 @@ class Candidate:
 class Workload:
     """Parameters with fixed gradients, which all candidates of a case share.
 
-    They are allocated as a training would: all parameters, all gradients, then all buffers.
+    They are allocated one kind after the other: all parameters, all gradients, then all buffers.
+
+    Args:
+        shapes: The parameters' shapes.
+        device: Where they are.
+        by_backward: Lets a backward() make the gradients, which leaves gaps between them where its
+            intermediate results had been. Else they lie side by side, as they do in DDP's buckets.
+        **options: FusedSGDR's, beside those of all benchmarks.
 
     Attributes:
         params: The parameters, with gradients.
         momentum_buffers: For a step that is no optimizer's.
     """
 
-    def __init__(self, shapes: Shapes, device: str = "cpu", **options: Any) -> None:
+    def __init__(
+        self, shapes: Shapes, device: str = "cpu", by_backward: bool = False, **options: Any
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.params = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
         self._grads = []
@@ -174,9 +183,7 @@ class Workload:
             # Between 0.5 and 1.5 with either sign, so that every element moves visibly.
             uniform = torch.rand(shape, generator=generator) - 0.5
             self._grads.append((uniform + torch.ones_like(uniform).copysign(uniform)).to(device))
-        # Copies lie side by side, without the gaps where values in between had been.
-        for param, grad in zip(self.params, self._grads, strict=True):
-            param.grad = grad.clone()
+        self._set_gradients(by_backward)
         self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
         self._start = [param.clone() for param in self.params]
         reference = fused_sgdr(self.params, backend="reference", **options)
@@ -214,6 +221,20 @@ class Workload:
         except AssertionError as error:
             raise AssertionError(f"{name} does not make the reference's update: {error}") from error
         return Candidate(name, step, threads)
+
+    def _set_gradients(self, by_backward: bool) -> None:
+        if not by_backward:
+            # Copies, without the gaps where the values in between had been.
+            for param, grad in zip(self.params, self._grads, strict=True):
+                param.grad = grad.clone()
+            return
+        products = [
+            (param.requires_grad_() * grad).sum()
+            for param, grad in zip(self.params, self._grads, strict=True)
+        ]
+        torch.stack(products).sum().backward()
+        for param in self.params:
+            param.requires_grad_(False)
 
     def _after_steps(self, optimizer: Optimizer, step: Step) -> list[Tensor]:
         for param, start, grad in zip(self.params, self._start, self._grads, strict=True):

@@ -67,13 +67,15 @@ def torchs_own(max_grad_norm: float, **how: bool) -> Build:
     return build
 
 
-def run_clip_step_average(case: Case, settings: Settings) -> dict[str, Any]:
-    """Measures the whole of it."""
+def run_clip_step_average(
+    case: Case, settings: Settings, by_backward: bool = False
+) -> dict[str, Any]:
+    """Measures the whole of it, with gradients side by side or as a backward() leaves them."""
     # Kept, for the one that is measured not to lie in the gaps that it would leave.
     same = Workload(case.shapes)
     max_grad_norm = 0.75 * math.sqrt(sum(float(param.grad.square().sum()) for param in same.params))
     options = {"max_grad_norm": max_grad_norm, "ema_decay": EMA_DECAY}
-    workload = Workload(case.shapes, **options)
+    workload = Workload(case.shapes, by_backward=by_backward, **options)
     builds: dict[str, Build] = {
         "clip, SGD(foreach=True), EMA": torchs_own(max_grad_norm, foreach=True),
         "clip, SGD(fused=True), EMA": torchs_own(max_grad_norm, fused=True),
@@ -84,7 +86,7 @@ def run_clip_step_average(case: Case, settings: Settings) -> dict[str, Any]:
         for name, build in builds.items()
     ]
     *baselines, native = measure(candidates, settings).values()
-    title = f"clip + step + EMA: {case.title}"
+    title = f"clip + step + EMA: {case.title}" + ", from backward()" * by_backward
     return compare(Case(title, case.shapes, case.threads), baselines, [*baselines, native], native)
 
 
@@ -137,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [
         run_clip_step_average(measured["resnet"], settings),
         run_clip_step_average(measured["small"], settings),
+        run_clip_step_average(measured["small"], settings, by_backward=True),
         run_momentum_dtype(measured["resnet"], settings),
         run_each_option(measured["resnet"], settings),
         run_each_option(measured["small"], settings),

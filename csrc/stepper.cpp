@@ -497,9 +497,9 @@ bool Stepper::gather(PyObject* state) {
 }
 
 // The average and the master copy.
-inline void Stepper::gather_more(const Group& group, const Slot& slot, Operands& operands) {
+inline void Stepper::gather_more(const Group& group, const Slot& slot, bool is_half,
+                                 Operands& operands) {
   at::TensorImpl* const param = operands.param;
-  const bool is_half = element_size(element_type(*param)) == 2;
   if (group.master_weights && is_half) {
     operands.low_precision_param = param;
     operands.param = slot.tensor(kMasterParam);
@@ -558,7 +558,7 @@ inline void Stepper::gather_more(const Group& group, const Slot& slot, Operands&
     }
   }
   if (group.averaging != Averaging::kNone || group.master_weights)
-    gather_more(group, slot, operands);
+    gather_more(group, slot, is_half, operands);
   return add_entry(operands) || add_unusual(operands);
 }
 

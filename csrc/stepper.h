@@ -184,7 +184,7 @@ class Stepper {
   GpuStep& step_of_gpu(c10::DeviceIndex gpu);
   // Of the parameter at that place among those of all groups.
   bool gather_param(const Group& group, uint32_t group_index, uint32_t param_index, Slot& slot);
-  void gather_more(const Group& group, const Slot& slot, Operands& operands);
+  void gather_more(const Group& group, const Slot& slot, bool is_half, Operands& operands);
   int64_t count_average(const Slot& slot, bool is_new);
   at::TensorImpl* new_tensor(const Slot& slot, Role role, at::ScalarType dtype,
                              at::TensorImpl* sibling = nullptr);

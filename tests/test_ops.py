@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import ANY_OPTIONS
 from pair import copies_of, draw, give_gradients, make_params, momentum_of, same_bits
+from torch import library
 
 from sgdr_fused import FusedSGDR, native
 from sgdr_fused.compiled import TracedStepper
@@ -45,7 +46,7 @@ def arguments(sizes=(3, 70), dtype=torch.float32, momentum=0.9, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_passes(momentum, more, dtype):
     args, options = arguments(dtype=dtype, momentum=momentum, **more)
-    results = torch.library.opcheck(op().default, args, options)
+    results = library.opcheck(op().default, args, options)
     assert set(results.values()) == {"SUCCESS"}
 
 

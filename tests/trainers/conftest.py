@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
+from torch import library
 
 try:
     import torchvision  # noqa: F401
@@ -14,7 +14,7 @@ except RuntimeError:
     # load here. Its Python half, all that timm needs, wants these two operators to exist.
     for operator in ("nms", "qnms"):
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torch.library.define(f"torchvision::{operator}", schema)
+        library.define(f"torchvision::{operator}", schema)
 
 LIBRARIES_OWN_WARNINGS = [
     # Lightning

@@ -41,7 +41,12 @@ def cases(settings: Settings) -> dict[str, Case]:
     narrow = " of width 4" if settings.quick else ""
     return {
         "resnet": Case(f"ResNet-50{narrow}, 161 tensors", resnet, threads),
-        "small": Case(f"{n_small} tensors of 64 elements", shapes.small_tensors(n_small), threads),
+        "small": Case(
+            f"{n_small} tensors of 64 elements",
+            shapes.small_tensors(n_small),
+            threads,
+            is_small=True,
+        ),
     }
 
 
@@ -79,15 +84,23 @@ def run_clip_step_average(
     builds: dict[str, Build] = {
         "clip, SGD(foreach=True), EMA": torchs_own(max_grad_norm, foreach=True),
         "clip, SGD(fused=True), EMA": torchs_own(max_grad_norm, fused=True),
-        NATIVE: lambda params: fused_sgdr(params, **options),
     }
+    on_one_thread = "clip, SGD(fused=True), EMA, 1 thread"
+    if case.is_small:
+        builds[on_one_thread] = torchs_own(max_grad_norm, fused=True)
+    builds[NATIVE] = lambda params: fused_sgdr(params, **options)
     candidates = [
-        workload.candidate(name, case.threads, build, momentum_eps=NORM_EPS)
+        workload.candidate(
+            name, 1 if name == on_one_thread else case.threads, build, momentum_eps=NORM_EPS
+        )
         for name, build in builds.items()
     ]
-    *baselines, native = measure(candidates, settings).values()
+    timings = measure(candidates, settings)
+    baselines = [timings[name] for name in builds if name not in (on_one_thread, NATIVE)]
     title = f"clip + step + EMA: {case.title}" + ", from backward()" * by_backward
-    return compare(Case(title, case.shapes, case.threads), baselines, [*baselines, native], native)
+    return compare(
+        Case(title, case.shapes, case.threads), baselines, [*timings.values()], timings[NATIVE]
+    )
 
 
 def run_momentum_dtype(case: Case, settings: Settings) -> dict[str, Any]:

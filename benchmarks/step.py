@@ -189,7 +189,7 @@ def draw(results: Sequence[dict[str, Any]]) -> Any:
         ax.set_xticks([])
         ax.spines["bottom"].set_visible(False)
         ax.tick_params(axis="y", length=0, labelsize=9)
-        ax.set_title(case["title"], loc="left", fontsize=10, fontweight="bold")
+        ax.set_title(case["title"], loc="left", fontsize=9, fontweight="bold")
     return figure
 
 

@@ -1,6 +1,7 @@
 """The page on several processes: its scripts are started by torchrun."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,19 +16,30 @@ SCRIPTS = [block.text for block in pages.blocks(PAGE) if block.language == "pyth
 LR = CosineWarmRestarts(lr=0.1, T_0=SCHEDULE["T_0"], T_mult=SCHEDULE["T_mult"])
 
 
-def torchrun(script, folder, ranks):
-    """What rank 0 prints."""
-    (folder / "train.py").write_text(script)
+# From torch's own threads at the end of a process, now and then on a busy machine; a script with
+# torch.optim.SGD does it too.
+ABORTS_AT_EXIT = "terminate called without an active exception"
+
+
+def torchrun(script, folder, ranks, attempts=4):
+    """What rank 0 prints; the script's files are in the folder afterwards."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", "train.py"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    for attempt in range(attempts):
+        working = folder.with_name(f"{folder.name}_{ranks}_ranks_{attempt}")
+        shutil.copytree(folder, working)
+        (working / "train.py").write_text(script)
+        run = subprocess.run(
+            [*command, f"--nproc-per-node={ranks}", "train.py"],
+            cwd=working,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        if run.returncode == 0 or ABORTS_AT_EXIT not in run.stderr:
+            break
     assert run.returncode == 0, run.stderr
+    shutil.copytree(working, folder, dirs_exist_ok=True)
     return run.stdout
 
 

@@ -41,12 +41,8 @@ def cases(settings: Settings) -> dict[str, Case]:
     narrow = " of width 4" if settings.quick else ""
     return {
         "resnet": Case(f"ResNet-50{narrow}, 161 tensors", resnet, threads),
-        "small": Case(
-            f"{n_small} tensors of 64 elements",
-            shapes.small_tensors(n_small),
-            threads,
-            is_small=True,
-        ),
+        "small": Case(f"{n_small} tensors of 64 elements", shapes.small_tensors(n_small), threads),
+        "one thread": Case(f"{n_small} tensors of 64 elements", shapes.small_tensors(n_small), 1),
     }
 
 
@@ -84,23 +80,15 @@ def run_clip_step_average(
     builds: dict[str, Build] = {
         "clip, SGD(foreach=True), EMA": torchs_own(max_grad_norm, foreach=True),
         "clip, SGD(fused=True), EMA": torchs_own(max_grad_norm, fused=True),
+        NATIVE: lambda params: fused_sgdr(params, **options),
     }
-    on_one_thread = "clip, SGD(fused=True), EMA, 1 thread"
-    if case.is_small:
-        builds[on_one_thread] = torchs_own(max_grad_norm, fused=True)
-    builds[NATIVE] = lambda params: fused_sgdr(params, **options)
     candidates = [
-        workload.candidate(
-            name, 1 if name == on_one_thread else case.threads, build, momentum_eps=NORM_EPS
-        )
+        workload.candidate(name, case.threads, build, momentum_eps=NORM_EPS)
         for name, build in builds.items()
     ]
-    timings = measure(candidates, settings)
-    baselines = [timings[name] for name in builds if name not in (on_one_thread, NATIVE)]
+    *baselines, native = measure(candidates, settings).values()
     title = f"clip + step + EMA: {case.title}" + ", from backward()" * by_backward
-    return compare(
-        Case(title, case.shapes, case.threads), baselines, [*timings.values()], timings[NATIVE]
-    )
+    return compare(Case(title, case.shapes, case.threads), baselines, [*baselines, native], native)
 
 
 def run_momentum_dtype(case: Case, settings: Settings) -> dict[str, Any]:
@@ -153,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_clip_step_average(measured["resnet"], settings),
         run_clip_step_average(measured["small"], settings),
         run_clip_step_average(measured["small"], settings, by_backward=True),
+        run_clip_step_average(measured["one thread"], settings),
         run_momentum_dtype(measured["resnet"], settings),
         run_each_option(measured["resnet"], settings),
         run_each_option(measured["small"], settings),

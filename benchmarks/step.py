@@ -50,15 +50,12 @@ class Case:
         shapes: Shapes of the parameters.
         threads: Intra-op threads.
         has_floor: Whether to compare with the memory floor too.
-        is_small: Whether to show torch's fused step on one thread too, where it is faster than on
-            several.
     """
 
     title: str
     shapes: shapes.Shapes
     threads: int
     has_floor: bool = False
-    is_small: bool = False
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -70,7 +67,7 @@ def cases(settings: Settings) -> list[Case]:
     narrow = " of width 4" if settings.quick else ""
     return [
         Case("MLP, 6 tensors, 10 k parameters", shapes.mlp(), threads),
-        Case(f"{n_small} tensors of 64 elements", small, threads, is_small=True),
+        Case(f"{n_small} tensors of 64 elements", small, threads),
         Case(f"{n_small} tensors of 64 elements", small, 1),
         Case(f"ResNet-50{narrow}, 161 tensors", resnet, threads, has_floor=True),
     ]
@@ -109,17 +106,11 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
     if settings.flags["compiled"]:
         builds["compiled SGD + scheduler"] = pair(compiled=True, foreach=True)
     baselines = list(builds)
-    on_one_thread = "SGD(fused=True) + scheduler, 1 thread"
-    if case.is_small:
-        builds[on_one_thread] = pair(fused=True)
     builds[REFERENCE] = lambda params: fused_sgdr(params, backend="reference")
     builds[NATIVE] = fused_sgdr
 
     workload = Workload(case.shapes)
-    candidates = [
-        workload.candidate(name, 1 if name == on_one_thread else case.threads, build)
-        for name, build in builds.items()
-    ]
+    candidates = [workload.candidate(n, case.threads, build) for n, build in builds.items()]
     floors = floor_candidates(workload, case.threads) if case.has_floor else []
     timings = measure([*candidates, *floors], settings)
 

@@ -58,7 +58,7 @@ inline PyObject* find(PyObject* dict, PyObject* key) {
 }
 
 // Another number after each change of the dict; 0 where this Python does not tell.
-inline uint64_t version_of(PyObject* dict) {
+inline uint64_t version_of([[maybe_unused]] PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
 #else

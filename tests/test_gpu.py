@@ -43,7 +43,7 @@ def test_two_devices():
     cuda_scenarios.two_devices()
 
 
-@pytest.mark.parametrize(("tensors", "launches"), [(1, 1), (161, 1), (700, 1), (2000, 3)])
+@pytest.mark.parametrize(("tensors", "launches"), [(1, 1), (161, 1), (640, 1), (641, 2), (2000, 4)])
 def test_launches(tensors, launches):
     gpu = FusedSGDR(on_gpu(make_params([5] * tensors)), **OPTIONS, **SCHEDULE, backend="native")
     give_gradients(0, gpu)

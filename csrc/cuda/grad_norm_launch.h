@@ -35,11 +35,11 @@ struct NormArgs {
   uint32_t chunk_count;
   uint32_t tensor_count;
   bool is_last;  // of the launches
-  NormTensor tensors[2044];
+  NormTensor tensors[1621];
 
   SGDR_HD const NormTensor& tensor(uint32_t i) const { return tensors[i]; }
 };
-static_assert(sizeof(NormArgs) <= 32764);
+static_assert(sizeof(NormArgs) <= kMaxArgsBytes);
 
 // Calls launch(args) as often as the list takes, at least once, with `args` filled anew each time;
 // its pointers are set by the caller.

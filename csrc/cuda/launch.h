@@ -22,6 +22,17 @@ constexpr uint32_t kChunkNumel = 1 << 12;
 constexpr uint32_t kMaxPieceNumel = 1u << 31;
 static_assert(kChunkNumel % kDrawNumel == 0 && kMaxPieceNumel % kChunkNumel == 0);
 
+// The constant bank of a kernel holds its arguments. An instruction addresses the bank by a
+// register plus a signed 16-bit immediate. Where an argument lies at byte 0x8000 or beyond, ptxas
+// takes 0x10000 from the immediate and adds it to the register; ptxas 13.0 forgets the register in
+// places, and the load reads zeros. So no argument of any kernel lies there.
+constexpr size_t kMaxArgsEnd = 0x8000;
+// Where arguments of more than a few KB begin: at 0x1a80 on compute capability 7.5 to 8.9, at 0x210
+// on 9.0, at 0x380 on 10.0 and 12.0.
+constexpr size_t kMaxArgsBegin = 0x1a80;
+constexpr size_t kMaxArgsBytes = kMaxArgsEnd - kMaxArgsBegin;
+static_assert(kMaxArgsBytes <= 32764);  // what CUDA allows, since 12.1
+
 // In device memory: what param_group["step"], ["cycle"], ["T_cur"], ["T_i"], ["lr"] and
 // ["skipped_steps"] show.
 struct GroupState {
@@ -110,7 +121,7 @@ struct LaunchArgs {
   uint32_t tensor_count;
   uint32_t group_count;
   uint32_t chunk_count;
-  alignas(8) unsigned char payload[32688];
+  alignas(8) unsigned char payload[25768];
 
   SGDR_HD size_t tensor_bytes() const {
     return sizeof(LaunchTensor) + (has_extras ? sizeof(LaunchExtras) : 0);
@@ -126,8 +137,8 @@ struct LaunchArgs {
     return reinterpret_cast<const LaunchGroup*>(payload + sizeof(payload))[-1 - int64_t{i}];
   }
 };
-// More is not possible before CUDA 12.1, nor in any version since.
-static_assert(sizeof(LaunchArgs) <= 32764);
+// Less one group: the compiler's immediate for group(i) may be that of group(-1).
+static_assert(sizeof(LaunchArgs) + sizeof(LaunchGroup) <= kMaxArgsBytes);
 static_assert(sizeof(LaunchArgs::payload) / sizeof(LaunchGroup) <= 1 << 8);
 
 // Fills a LaunchArgs; its pointers are set by the caller.

@@ -307,9 +307,9 @@ def changed_kernel(changes: Sequence[tuple[str, str]]) -> list[str]:
 # So that a launch takes a few tensors only, and a tensor's pieces lie in several launches.
 SMALL = [
     ("kMaxPieceNumel = 1u << 31", "kMaxPieceNumel = 2 * kChunkNumel"),
-    ("payload[32688]", "payload[720]"),
+    ("payload[25768]", "payload[720]"),
     ("kMaxNormPieceNumel = 1u << 28", "kMaxNormPieceNumel = 2 * kNormChunk"),
-    ("tensors[2044]", "tensors[3]"),
+    ("tensors[1621]", "tensors[3]"),
 ]
 
 

@@ -200,20 +200,20 @@ def test_more_tensors_with_extras_than_one_launch_takes(program, tmp_path) -> No
     case.steps(1, found_inf=1.0)
     case.steps(1)
     assert case.difference(program, tmp_path) == ""
-    assert case.launches == [2, 2, 2]
+    assert case.launches == [3, 3, 3]
 
 
-@pytest.mark.parametrize(("count", "launches"), [(580, 1), (590, 2)])
-def test_extras_take_room_only_where_there_are_any(program, tmp_path, count, launches) -> None:
-    plain = Case([{"params": params((1,) * 800), "momentum": 0.9}])
-    plain.steps(1)
-    assert plain.difference(program, tmp_path) == ""
-    assert plain.launches == [1]
-
-    average = Case([{"params": params((1,) * count), "momentum": 0.9, "ema_decay": 0.9}])
-    average.steps(1)
-    assert average.difference(program, tmp_path) == ""
-    assert average.launches == [launches]
+@pytest.mark.parametrize(
+    ("options", "fit"),
+    [({}, 640), ({"ema_decay": 0.9}, 457)],
+    ids=["plain", "with extras"],
+)
+@pytest.mark.parametrize("more", [0, 1])
+def test_so_many_tensors_fit_into_one_launch(program, tmp_path, options, fit, more) -> None:
+    case = Case([{"params": params((1,) * (fit + more)), "momentum": 0.9} | options])
+    case.steps(1)
+    assert case.difference(program, tmp_path) == ""
+    assert case.launches == [1 + more]
 
 
 # -------------------------------------------------------------------------------------------- norms

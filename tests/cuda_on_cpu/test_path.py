@@ -117,13 +117,16 @@ def calls(tensors, groups=1, with_gradient=True, **options):
     return len(ours), len(log.launches()), others
 
 log.report(one=calls(1), none=calls(3, with_gradient=False), resnet=calls(161),
-           many=calls(700, 2), more=calls(2000), averaged=calls(161, ema_decay=0.9),
-           clipped=calls(161, max_grad_norm=1.0))
+           full=calls(640), fuller=calls(641), groups=calls(637, 2), more=calls(2000),
+           averaged=calls(457, ema_decay=0.9), clipped=calls(640, max_grad_norm=1.0),
+           long_norm=calls(1622, max_grad_norm=1.0))
 """,
         **options(),
     )
-    assert found["one"] == found["none"] == found["resnet"] == found["many"] == [1, 1, []]
-    assert found["more"] == [3, 3, []]
-    assert found["averaged"] == [1, 1, []]
+    for name in ("one", "none", "resnet", "full", "groups", "averaged"):
+        assert found[name] == [1, 1, []], name
+    assert found["fuller"] == [2, 2, []]
+    assert found["more"] == [4, 4, []]
     # The norm, then the step.
     assert found["clipped"] == [1, 2, []]
+    assert found["long_norm"] == [3, 5, []]

@@ -1,8 +1,8 @@
 """What nvcc makes of the CUDA kernels, on a machine without a GPU.
 
 python -m benchmarks.machine_code prints registers, instructions an element and bytes an element for
-each kernel and architecture. Needs nvcc, and nvdisasm, from PATH or the package
-nvidia-cuda-nvdisasm.
+each kernel and architecture, and how many accesses have an address that ptxas may get wrong. Needs
+nvcc, and nvdisasm, from PATH or the package nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Kernel", "Loop", "architectures", "compiled", "missing_tool"]
+from benchmarks.disassembly import MachineCode, disassembled, tool
+
+__all__ = ["Kernel", "architectures", "compiled", "compiled_source", "missing_tool"]
 
 REPOSITORY = Path(__file__).parent.parent
 RESULT = REPOSITORY / "benchmarks/results/machine_code.json"
@@ -40,67 +41,20 @@ SOURCES = {
     "norm": '#include "cuda/grad_norm.cuh"\n',
 }
 
-CONVERSIONS = ("HADD2", "F2F", "PRMT", "SHF", "SHL", "IMAD.U32", "IMAD.SHL")
-DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
-
-
-@dataclass(frozen=True)
-class Loop:
-    """An innermost loop, as the number of times that each instruction stands in it."""
-
-    instructions: Mapping[str, int]
-
-    def count(self, *opcodes: str) -> int:
-        """How many instructions begin with one of these."""
-        return sum(n for name, n in self.instructions.items() if name.startswith(opcodes))
-
-    @property
-    def size(self) -> int:
-        """How many instructions there are."""
-        return sum(self.instructions.values())
-
-    @property
-    def vector_accesses(self) -> int:
-        """Loads and stores of 16 bytes."""
-        return self.count("LDG.E.128", "STG.E.128")
-
-    @property
-    def dtype(self) -> str:
-        """Of the parameter: "half" stands for all that is converted."""
-        if self.count("DFMA"):
-            return "float64"
-        return "half" if self.count(*CONVERSIONS) else "float32"
-
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel's machine code for one architecture."""
+    """One kernel for one architecture, and what ptxas reports of it."""
 
-    architecture: str
+    code: MachineCode
     registers: int
     spilled_bytes: int
     stack_bytes: int
-    local_accesses: int
-    loops: Sequence[Loop]
 
-    def usual_loop(self, dtype: str) -> Loop:
-        """Of weight decay and Nesterov momentum, without grad_scale or clipping.
-
-        Args:
-            dtype: "float32", "float64", "float16" or "bfloat16", for parameter, gradient and
-                buffer.
-        """
-
-        def fits(loop: Loop) -> bool:
-            if loop.count("MUFU", "CALL") or (loop.count("LDG"), loop.count("STG")) != (3, 2):
-                return False
-            if dtype in ("float32", "float64"):
-                return loop.dtype == dtype
-            is_float16 = loop.count("HADD2.F32") > 0
-            return loop.dtype == "half" and is_float16 == (dtype == "float16")
-
-        # The one with the most to compute, and of those the one that does not scale.
-        return max(filter(fits, self.loops), key=lambda o: (o.count("FFMA", "DFMA"), -o.size))
+    @property
+    def architecture(self) -> str:
+        """Such as "80"."""
+        return self.code.architecture
 
 
 def missing_tool() -> str:
@@ -109,7 +63,7 @@ def missing_tool() -> str:
         return "there is no nvcc"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
-    if _nvdisasm() is None:
+    if tool("nvdisasm") is None:
         return "there is no nvdisasm; pip install nvidia-cuda-nvdisasm"
     return ""
 
@@ -127,13 +81,7 @@ def compiled(names: Sequence[str], kernel: str = "step") -> list[Kernel]:
         kernel: A key of ``SOURCES``.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda name: _compile(name, SOURCES[kernel]), names))
-
-
-def _nvdisasm() -> str | None:
-    packages = Path(sysconfig.get_path("purelib"))
-    found = [*packages.glob("nvidia/*/bin/nvdisasm")]
-    return str(found[0]) if found else shutil.which("nvdisasm")
+        return list(pool.map(lambda name: compiled_source(name, SOURCES[kernel]), names))
 
 
 def _constant_of_setup(name: str) -> list[str]:
@@ -143,7 +91,13 @@ def _constant_of_setup(name: str) -> list[str]:
     raise LookupError(f"setup.py has no {name}")
 
 
-def _compile(architecture: str, text: str) -> Kernel:
+def compiled_source(architecture: str, text: str) -> Kernel:
+    """The machine code of one kernel's source, compiled by setup.py's flags.
+
+    Args:
+        architecture: Such as "80".
+        text: CUDA C++, which may include files of csrc/ and of torch.
+    """
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
@@ -165,92 +119,59 @@ def _compile(architecture: str, text: str) -> Kernel:
             [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=True
         )
         report.write_text(ran.stderr)
-    disassembler = _nvdisasm()
-    assert disassembler is not None
-    code = subprocess.run(
-        [disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True
-    )
-    return _read(architecture, report.read_text(), code.stdout)
+    said = report.read_text()
 
-
-def _read(architecture: str, report: str, code: str) -> Kernel:
     def total(pattern: str) -> int:
-        return sum(int(number) for number in re.findall(pattern, report))
+        return sum(int(number) for number in re.findall(pattern, said))
 
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            instructions.append(instruction[1])
-    opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in instructions]
-    spans = []
-    for end, text in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text)
-        if target and labels[target[1]] <= end:
-            spans.append((labels[target[1]], end + 1))
-    innermost = [
-        (begin, end)
-        for begin, end in spans
-        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
-    ]
     return Kernel(
-        architecture=architecture,
-        registers=max(map(int, re.findall(r"Used (\d+) registers", report))),
+        code=disassembled(cubin),
+        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
         spilled_bytes=total(r"(\d+) bytes spill"),
         stack_bytes=total(r"(\d+) bytes stack frame"),
-        local_accesses=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
-        loops=[Loop(Counter(opcodes[begin:end])) for begin, end in innermost],
     )
+
+
+def _row(name: str, kernel: Kernel) -> dict[str, object]:
+    faults = {fault: len(found) for fault, found in kernel.code.faults.items()}
+    return {
+        "kernel": name,
+        "architecture": f"sm_{kernel.architecture}",
+        "registers": kernel.registers,
+        "spilled_bytes": kernel.spilled_bytes,
+        "constant_bytes": kernel.code.constant_bytes,
+        "faults": faults,
+    }
 
 
 def main() -> None:
-    """Prints the table and writes it as JSON."""
+    """Prints the tables and writes them as JSON."""
     if missing := missing_tool():
         raise SystemExit(missing)
-    widths = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
-    rows: list[dict[str, object]] = []
-    for kernel in compiled(architectures()):
-        row: dict[str, object] = {
-            "kernel": "step",
-            "architecture": f"sm_{kernel.architecture}",
-            "registers": kernel.registers,
-            "spilled_bytes": kernel.spilled_bytes,
-            "local_accesses": kernel.local_accesses,
-        }
-        for dtype, width in widths.items():
-            loop = kernel.usual_loop(dtype)
-            row[f"{dtype}_instructions_per_element"] = loop.size / width
-            row[f"{dtype}_bytes_per_element"] = loop.vector_accesses * 16 / width
-        rows.append(row)
-    print("Vector loops of weight decay and Nesterov momentum: instructions / bytes an element")
-    print(f"{'':8}{'registers':>10}{'spilled':>9}" + "".join(f"{d:>14}" for d in widths))
-    for row in rows:
-        figures = (
-            f"{row[f'{d}_instructions_per_element']:.2f} / {row[f'{d}_bytes_per_element']:.0f}"
-            for d in widths
-        )
+    kernels = {name: compiled(architectures(), name) for name in SOURCES}
+    rows = [_row(name, kernel) for name, of_name in kernels.items() for kernel in of_name]
+    print("Each kernel. Its arguments end at the given byte of the constant bank. Faults: accesses")
+    print("to local memory, and those that ptxas may have got wrong.")
+    print(f"{'':26}{'registers':>10}{'spilled':>9}{'arguments end':>15}{'faults':>8}")
+    for row, kernel in zip(rows, itertools.chain(*kernels.values()), strict=True):
+        n_faults = sum(map(len, kernel.code.faults.values()))
         print(
-            f"{row['architecture']:8}{row['registers']:>10}{row['spilled_bytes']:>9}"
-            + "".join(f"{figure:>14}" for figure in figures)
+            f"{row['kernel']:18}{row['architecture']:8}{kernel.registers:>10}"
+            f"{kernel.spilled_bytes:>9}{kernel.code.constant_bytes:>#15x}{n_faults:>8}"
         )
-    print(f"\n{'':26}{'registers':>10}{'spilled':>9}{'local accesses':>16}")
-    for name in list(SOURCES)[1:]:
-        for kernel in compiled(architectures(), name):
-            rows.append(
-                {
-                    "kernel": name,
-                    "architecture": f"sm_{kernel.architecture}",
-                    "registers": kernel.registers,
-                    "spilled_bytes": kernel.spilled_bytes,
-                    "local_accesses": kernel.local_accesses,
-                }
-            )
-            print(
-                f"{name:18}{'sm_' + kernel.architecture:8}{kernel.registers:>10}"
-                f"{kernel.spilled_bytes:>9}{kernel.local_accesses:>16}"
-            )
+
+    widths = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
+    print("\nThe step's loops with weight decay and Nesterov: instructions / bytes an element")
+    print(f"{'':8}" + "".join(f"{dtype:>14}" for dtype in widths))
+    for row, kernel in zip(rows, kernels["step"], strict=False):
+        cells = []
+        for dtype, width in widths.items():
+            loop = kernel.code.usual_loop(dtype)
+            instructions, n_bytes = loop.size / width, loop.vector_accesses * 16 / width
+            row[f"{dtype}_instructions_per_element"] = instructions
+            row[f"{dtype}_bytes_per_element"] = n_bytes
+            cells.append(f"{instructions:.2f} / {n_bytes:.0f}")
+        print(f"{row['architecture']:8}" + "".join(f"{cell:>14}" for cell in cells))
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -1,86 +1,138 @@
-"""What nvcc makes of the kernel, for every architecture that setup.py builds for."""
+"""What nvcc makes of the kernels, for every architecture that setup.py builds for."""
 
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code
-from benchmarks.machine_code import DOUBLE, Kernel
+from benchmarks import disassembly, machine_code
+from benchmarks.disassembly import DOUBLE, Instruction, Loop, MachineCode
+from benchmarks.machine_code import SOURCES, Kernel
+from sgdr_fused import native
 
 # Kinds of dtypes, with and without: grad_scale; L2 decay; momentum, or none, or Nesterov's.
 LOOPS_OF_A_TYPE = 2 * 2 * 3
 TYPES = 7
-
-
-@pytest.fixture(scope="module")
-def kernels() -> list[Kernel]:
-    """Compiled for all architectures; without the tools, skipped but for CI."""
-    if missing := machine_code.missing_tool():
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return machine_code.compiled(machine_code.architectures())
-
-
-@pytest.fixture(params=machine_code.architectures())
-def kernel(kernels, request) -> Kernel:
-    return next(kernel for kernel in kernels if kernel.architecture == request.param)
-
-
 # Registers that a thread of each may have: 65536 shared by the threads that are to run at once.
 MOST_REGISTERS = {"step": 65536 // (4 * 256), "step with extras": 128, "norm": 64}
+ARCHITECTURES = machine_code.architectures()
+
+
+def require(missing: str) -> None:
+    """Skips the test where a tool is missing; in CI that is a failure."""
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
 
 
 @pytest.fixture(scope="module")
-def other_kernels(kernels) -> dict[str, list[Kernel]]:
-    """Those besides the plain step's."""
-    names = machine_code.architectures()
-    return {name: machine_code.compiled(names, name) for name in MOST_REGISTERS if name != "step"}
+def all_kernels() -> dict[str, dict[str, Kernel]]:
+    """By name and architecture."""
+    require(machine_code.missing_tool())
+    return {
+        name: dict(zip(ARCHITECTURES, machine_code.compiled(ARCHITECTURES, name), strict=True))
+        for name in SOURCES
+    }
 
 
-@pytest.mark.parametrize("name", ["step with extras", "norm"])
-def test_the_other_kernels_spill_nothing_either(other_kernels, name) -> None:
-    for kernel in other_kernels[name]:
-        spilled = (kernel.spilled_bytes, kernel.stack_bytes, kernel.local_accesses)
-        assert spilled == (0, 0, 0), kernel.architecture
-        assert kernel.registers <= MOST_REGISTERS[name], kernel.architecture
+@pytest.fixture(params=SOURCES)
+def name(request) -> str:
+    return request.param
 
 
-def test_with_extras_only_float64_is_computed_in_double(other_kernels) -> None:
-    for kernel in other_kernels["step with extras"]:
-        loops = vector_loops(kernel)
-        assert len(loops) == TYPES
-        with_double = [loop for loop in loops if loop.count("DFMA")]
-        assert len(with_double) == 1, kernel.architecture
+@pytest.fixture(params=ARCHITECTURES)
+def kernel(all_kernels, name, request) -> Kernel:
+    """Each kernel for each architecture."""
+    return all_kernels[name][request.param]
 
 
-def vector_loops(kernel: Kernel) -> list[machine_code.Loop]:
-    return [loop for loop in kernel.loops if loop.count("STG.E.128")]
+@pytest.fixture(params=ARCHITECTURES)
+def step_code(all_kernels, request) -> MachineCode:
+    """The plain step's."""
+    return all_kernels["step"][request.param].code
 
 
-def test_nothing_is_spilled_and_no_local_memory_used(kernel) -> None:
-    assert kernel.spilled_bytes == kernel.stack_bytes == kernel.local_accesses == 0
-    assert kernel.registers <= MOST_REGISTERS["step"]
+def vector_loops(code: MachineCode) -> list[Loop]:
+    return [loop for loop in code.loops if loop.count("STG.E.128")]
 
 
-def test_every_load_and_store_of_a_vector_loop_has_16_bytes(kernel) -> None:
-    loops = vector_loops(kernel)
+# ------------------------------------------------------------------------------------- every kernel
+
+
+def assert_has_no_fault(code: MachineCode) -> None:
+    for fault, found in code.faults.items():
+        assert not found, f"sm_{code.architecture}, {fault}: {found[0].text}"
+
+
+def test_kernel_has_no_faulty_access(kernel) -> None:
+    assert_has_no_fault(kernel.code)
+
+
+def test_arguments_end_where_every_instruction_reaches_them(kernel) -> None:
+    assert 0 < kernel.code.constant_bytes <= disassembly.IMMEDIATE_END
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_arguments_begin_no_later_than_launch_h_says(architecture) -> None:
+    """Its bound of their size is the end less this."""
+    require(machine_code.missing_tool())
+    texts = [path.read_text() for path in (machine_code.REPOSITORY / "csrc/cuda").glob("*.h")]
+    begins = re.findall(r"kMaxArgsBegin = (0x\w+);", "".join(texts))
+    assert len(begins) == 1
+    program = 'struct Args { char bytes[8192]; };\nextern "C" __global__ void kernel(Args args) {}'
+    found = machine_code.compiled_source(architecture, program).code.constant_bytes - 8192
+    assert found <= int(begins[0], 16)
+
+
+def test_kernel_spills_no_register(kernel, name) -> None:
+    assert kernel.spilled_bytes == kernel.stack_bytes == 0
+    assert kernel.registers <= MOST_REGISTERS[name]
+
+
+def test_ticket_is_drawn_between_two_fences(kernel) -> None:
+    """See Note [Last block]."""
+    drawn = [i.parts for i in kernel.code.accesses(("MEMBAR", "ATOMG", "ATOM", "RED"))]
+    assert [parts[0] for parts in drawn] == ["MEMBAR", "ATOMG", "MEMBAR"]
+    assert all("GPU" in parts for parts in drawn)
+
+
+def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, name) -> None:
+    """That cache does not see the writes. The cosine's table, read by 16 bytes, is constant."""
+    incoherent = [i for i in kernel.code.accesses(("LDG",)) if "CONSTANT" in i.parts]
+    assert all(i.access_bytes == 16 for i in incoherent)
+    assert bool(incoherent) == (name != "norm")
+
+
+# -------------------------------------------------------------------------------- the element loops
+
+
+def test_every_load_and_store_of_a_vector_loop_has_16_bytes(step_code) -> None:
+    loops = vector_loops(step_code)
     assert len(loops) == TYPES * LOOPS_OF_A_TYPE
     for loop in loops:
         assert loop.count("LDG", "STG") == loop.vector_accesses
 
 
-def test_only_float64_is_computed_in_double(kernel) -> None:
-    with_double = [loop for loop in vector_loops(kernel) if loop.count(*DOUBLE)]
+def test_only_float64_is_computed_in_double(step_code) -> None:
+    with_double = [loop for loop in vector_loops(step_code) if loop.count(*DOUBLE)]
     assert len(with_double) == LOOPS_OF_A_TYPE
     # Where there is grad_scale, the division takes a look at the exponents.
     assert all(loop.count("FFMA", "FMUL") <= 2 for loop in with_double)
 
 
-def test_float32_moves_20_bytes_an_element_in_few_instructions(kernel) -> None:
-    loop = kernel.usual_loop("float32")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_extras_only_float64_is_computed_in_double(all_kernels, architecture) -> None:
+    loops = vector_loops(all_kernels["step with extras"][architecture].code)
+    assert len(loops) == TYPES
+    assert sum(loop.count("DFMA") > 0 for loop in loops) == 1
+
+
+def test_float32_moves_20_bytes_an_element_in_few_instructions(step_code) -> None:
+    loop = step_code.usual_loop("float32")
     assert loop.count("LDG.E.128") == 3
     assert loop.count("STG.E.128") == 2
     # Four fma and a product for each of four elements.
@@ -90,7 +142,104 @@ def test_float32_moves_20_bytes_an_element_in_few_instructions(kernel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_types_move_10_bytes_an_element(kernel, dtype) -> None:
-    loop = kernel.usual_loop(dtype)
+def test_half_types_move_10_bytes_an_element(step_code, dtype) -> None:
+    loop = step_code.usual_loop(dtype)
     assert loop.vector_accesses * 16 == 10 * 8
     assert (loop.count("FFMA"), loop.count("FMUL")) == (32, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_denormal_numbers_are_kept_and_rounding_is_to_nearest(step_code, dtype) -> None:
+    """A compiler's fast mathematics would change the bits on a GPU alone."""
+    arithmetic = [
+        opcode.split(".")
+        for opcode in step_code.usual_loop(dtype).instructions
+        if opcode.startswith(("FFMA", "FMUL", "FADD", "DFMA", "DMUL", "DADD"))
+    ]
+    assert arithmetic
+    assert all(len(parts) == 1 for parts in arithmetic), arithmetic
+
+
+# -------------------------------------------------------------------------------- the built library
+
+
+def test_built_extension_has_no_faulty_access() -> None:
+    """The very machine code that a GPU is given, for every architecture it was built for."""
+    if native.extension is None or not native.extension.has_cuda:
+        pytest.skip("the extension is built without its CUDA backend")
+    for name in ("cuobjdump", "nvdisasm"):
+        if disassembly.tool(name) is None:
+            require(f"there is no {name}; pip install nvidia-cuda-{name}")
+    codes = disassembly.code_of_library(Path(native.extension.__file__))
+    kernels = ("fused_step_kernel", "sum_of_squared_grads_kernel")
+    assert len(codes) >= len(kernels)
+    assert len(codes) % len(kernels) == 0  # one file each
+    for code in codes:
+        assert_has_no_fault(code)
+        assert code.constant_bytes <= disassembly.IMMEDIATE_END
+
+
+# ------------------------------------------------------------------ that the checks find the faults
+
+# Groups that are counted from the end of the arguments, as in LaunchArgs.
+GROUPS_AT_THE_END = """
+struct Group {{ double lr; double* out; }};
+struct Args {{ int count; alignas(8) unsigned char payload[{} - 8]; }};
+__global__ void kernel(const __grid_constant__ Args args) {{
+  auto* const end = reinterpret_cast<const Group*>(args.payload + sizeof(args.payload));
+  for (int i = threadIdx.x; i < args.count; i += blockDim.x) *end[-1 - i].out = end[-1 - i].lr;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "n_bytes", "is_faulty"),
+    [
+        ("90", 32760, True),  # ignored the momentum on an H100
+        ("90", 31816, False),  # was right there
+        ("80", 31816, True),  # other architectures' arguments begin elsewhere
+        ("80", 25968, False),
+    ],
+)
+def test_constants_beyond_the_reach_of_an_immediate_are_found(
+    architecture, n_bytes, is_faulty
+) -> None:
+    require(machine_code.missing_tool())
+    code = machine_code.compiled_source(architecture, GROUPS_AT_THE_END.format(n_bytes)).code
+    assert bool(code.faults["misplaced constant"]) == is_faulty
+    assert (code.constant_bytes > disassembly.IMMEDIATE_END) == is_faulty
+    assert not any(found for name, found in code.faults.items() if name != "misplaced constant")
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("local access", "@!P0 STL.64 [R1+0x8], R4"),
+        ("misplaced constant", "LDC.64 R6, c[0x0][R20+-0x7df8]"),
+        ("misplaced constant", "LDCU.64 UR6, c[0x0][UR4+0x8000]"),
+        ("misplaced constant", "ISETP.NE.AND P0, PT, RZ, c[0x0][0x6704], PT"),
+        ("misplaced constant", "LDC.64 R2, c[0x0][0x6700]"),
+        ("narrow address", "LDG.E R0, desc[UR4][R2]"),
+        ("narrow address", "STG.E.128 desc[UR4][R2.U32+UR6], R4"),
+        ("narrow address", "ATOMG.INC.STRONG.GPU PT, R2, desc[UR8][R2.64], R5"),
+        ("misaligned access", "STS.128 [UR5+0x28], R4"),
+        ("misaligned access", "LDG.E.64 R0, desc[UR4][R2.64+-0x4]"),
+        ("misaligned access", "@P1 LDC.U16 R0, c[0x0][R2+0x211]"),
+    ],
+)
+def test_every_kind_of_faulty_access_is_found(fault, text) -> None:
+    right = [
+        "LDC.64 R6, c[0x0][R20+0x66f8]",
+        "@P0 LDG.E.128 R0, desc[UR4][R2.64+-0x2000]",
+        "STS.U8 [UR4+0x3], R0",
+        "FMUL R0, R1, c[0x0][0x66fc]",
+    ]
+    code = MachineCode("90", [Instruction(t) for t in [*right, text]], [], constant_bytes=0x6704)
+    found = {name: [i.text for i in faulty] for name, faulty in code.faults.items() if faulty}
+    assert found == {fault: [text]}
+
+
+def test_text_that_is_no_disassembly_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not the disassembly"):
+        disassembly.read("nvdisasm fatal   : bad file")
+    assert disassembly.tool("no such tool") is None

@@ -182,21 +182,30 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def device_work(step: Step, device: str) -> DeviceWork:
-    """Profiles some steps."""
-    if device != "cuda":
-        return DeviceWork(0, 0)
+def gpu_events(run: Step, device: str) -> list[KernelEvent]:
+    """What the profiler sees on the device while something runs."""
     synchronize(device)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED_STEPS):
-            step()
+    # To keep the events, though there is one cycle only: torch warns without it.
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profile:
+        run()
         synchronize(device)
-    events = [
+    return [
         KernelEvent(event.name, event.time_range.elapsed_us())
         for event in profile.events()
         if event.device_type == DeviceType.CUDA
     ]
-    return DeviceWork.of(events, PROFILED_STEPS)
+
+
+def device_work(step: Step, device: str) -> DeviceWork:
+    """Profiles some steps."""
+    if device != "cuda":
+        return DeviceWork(0, 0)
+
+    def steps() -> None:
+        for _ in range(PROFILED_STEPS):
+            step()
+
+    return DeviceWork.of(gpu_events(steps, device), PROFILED_STEPS)
 
 
 def copy_bytes_per_second(n_bytes: int, device: str) -> float:

@@ -18,6 +18,7 @@ from cuda_scenarios import (
 )
 from pair import make_params
 
+from benchmarks.gpu import gpu_events
 from sgdr_fused import FusedSGDR, native
 
 pytestmark = [
@@ -48,22 +49,14 @@ def test_launches(tensors, launches):
     gpu = FusedSGDR(on_gpu(make_params([5] * tensors)), **OPTIONS, **SCHEDULE, backend="native")
     give_gradients(0, gpu)
     gpu.step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        gpu.step()
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [name for name in kernels if "fused_step_kernel" in name or "at::native" in name]
+    kernels = [event.name for event in gpu_events(gpu.step, "cuda") if event.is_launch]
     assert len(kernels) == launches
     assert all("fused_step_kernel" in name for name in kernels)
 
 
 def test_grad_scaler_that_skips_step_1():
     """torch's fused SGD then has uninitialised momentum, and NaN from the next step on."""
-    _, gpu = both((4, 300))
-    expected = FusedSGDR(
-        [torch.nn.Parameter(p.detach().cpu()) for p in params_of(gpu)], **OPTIONS, **SCHEDULE
-    )
+    expected, gpu = both((4, 300))
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**4, growth_interval=1000)
     for i in range(6):
         give_gradients(i, expected, gpu)
@@ -75,9 +68,10 @@ def test_grad_scaler_that_skips_step_1():
             params_of(gpu)[1].grad[7] = torch.inf
         scaler.step(gpu)
         scaler.update()
-        if i > 0:
-            expected.step()
+        expected.found_inf = torch.full((), float(i == 0))  # as the scaler tells an optimizer
+        expected.step()
         cuda_scenarios.assert_equal(expected, gpu, i)
+        assert gpu.skipped_steps == 1
     assert scaler.get_scale() == 2.0**3
 
 

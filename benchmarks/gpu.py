@@ -273,7 +273,7 @@ def run_case(title: str, case: shapes.Shapes, settings: Settings, device: str) -
     """Measures one case and prints its table."""
     workload = Workload(case, device)
     candidates = [
-        workload.candidate(name, torch.get_num_threads(), build, "graph" not in name)
+        workload.candidate(name, torch.get_num_threads(), build)
         for name, build in builds(device).items()
     ]
     host, step = measure(candidates, settings, device)

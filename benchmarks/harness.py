@@ -55,6 +55,14 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
 # So short a first cycle that the checked steps below reach a restart.
 SCHEDULE = {"T_0": 3, "T_mult": 2, "eta_min": 1e-3}
 CHECKED_STEPS = 4
+# For each option: what a candidate has that lacks it.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0, "nesterov": False},
+    "Nesterov": {"nesterov": False},
+    "weight decay": {"weight_decay": 0},
+    "the schedule": {"eta_min": OPTIONS["lr"]},
+    "the restart": {"n_cycles": 1},
+}
 # Where other processes want the cores too, each parallel region waits for its last thread.
 BUSY_LOAD = 0.3
 
@@ -156,6 +164,19 @@ class Candidate:
     threads: int
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the reference makes of a workload's parameters.
+
+    Attributes:
+        tensors: The parameters after a few steps, then their averages if there are any.
+        changes: By how much a parameter differs where an option of WITHOUT is missing.
+    """
+
+    tensors: list[Tensor]
+    changes: dict[str, float]
+
+
 class Workload:
     """Parameters with fixed gradients, which all candidates of a case share.
 
@@ -186,17 +207,17 @@ class Workload:
         self._set_gradients(by_backward)
         self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
         self._start = [param.clone() for param in self.params]
-        reference = fused_sgdr(self.params, backend="reference", **options)
-        self._expected = self._after_steps(*reference)
-        for param, start in zip(self._expected, self._start, strict=False):
-            assert (param - start).abs().min() > OPTIONS["lr"] / 4
+        self._options = options
+        self._expected: dict[str, Expected] = {}
 
     def candidate(
         self,
         name: str,
         threads: int,
         build: Build,
+        *,
         momentum_eps: float = 0.0,
+        **options: Any,
     ) -> Candidate:
         """A candidate that is known to make the same update as the reference.
 
@@ -205,22 +226,57 @@ class Workload:
             threads: Intra-op threads it is to be checked and timed with.
             build: Makes an optimizer for the parameters, and the function that takes one step.
             momentum_eps: By how much of itself its momentum buffer is off after each step.
+            **options: FusedSGDR's that it has beside the workload's, for the reference.
 
         Raises:
-            AssertionError: Its parameters differ from the reference's after a few steps.
+            AssertionError: Its parameters or averages differ from the reference's after a few
+                steps; or they may, and yet it would not be found out if it lacked an option.
         """
-        optimizer, step = build(self.params)
-        with intra_op_threads(threads):
-            result = self._after_steps(optimizer, step)
         # Each step rounds the parameter, of size 1, a few times.
         tolerance = 2 * CHECKED_STEPS * torch.finfo(torch.float32).eps
         # A gradient is 1.5 at most, and the buffer as many times that as there were steps.
         tolerance += OPTIONS["lr"] * 1.5 * CHECKED_STEPS**2 * momentum_eps
+        expected = self._expected_with(options)
+        for missing, change in expected.changes.items():
+            assert tolerance < change, (
+                f"{name}: a tolerance of {tolerance:.2g} would hide that {missing} is missing, "
+                f"which changes the result by {change:.2g}"
+            )
+
+        optimizer, step = build(self.params)
+        with intra_op_threads(threads):
+            result = self._after_steps(optimizer, step)
         try:
-            torch.testing.assert_close(result, self._expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(result, expected.tensors, rtol=tolerance, atol=tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name} does not make the reference's update: {error}") from error
         return Candidate(name, step, threads)
+
+    def _expected_with(self, options: dict[str, Any]) -> Expected:
+        key = str(sorted(options.items()))
+        if key not in self._expected:
+            tensors = self._after_reference_steps(options)
+            changes = {
+                missing: self._least_change(tensors, self._after_reference_steps(options | instead))
+                for missing, instead in WITHOUT.items()
+            }
+            for param, start in zip(tensors, self._start, strict=False):
+                assert (param - start).abs().min() > OPTIONS["lr"] / 4
+            self._expected[key] = Expected(tensors, changes)
+        return self._expected[key]
+
+    def _least_change(self, expected: list[Tensor], others: list[Tensor]) -> float:
+        """Over the parameters, the least of what their most changed elements have changed by.
+
+        A change is relative to 1 + the element, as the tolerance is.
+        """
+        n_params = len(self.params)
+        pairs = zip(expected[:n_params], others[:n_params], strict=True)
+        return min(float(((e - o).abs() / (1 + e.abs())).max()) for e, o in pairs)
+
+    def _after_reference_steps(self, options: dict[str, Any]) -> list[Tensor]:
+        of_all = self._options | options
+        return self._after_steps(*fused_sgdr(self.params, backend="reference", **of_all))
 
     def _set_gradients(self, by_backward: bool) -> None:
         if not by_backward:
@@ -242,8 +298,6 @@ class Workload:
             param.grad.copy_(grad)
         for _ in range(CHECKED_STEPS):
             step()
-        for param in self.params:
-            assert "momentum_buffer" in optimizer.state[param]
         averages = [optimizer.state[p]["ema"] for p in self.params if "ema" in optimizer.state[p]]
         return [tensor.clone() for tensor in (*self.params, *averages)]
 
@@ -252,7 +306,7 @@ def fused_sgdr(
     params: list[Tensor], backend: str = "native", **options: Any
 ) -> tuple[Optimizer, Step]:
     """FusedSGDR with the benchmarks' options and more, and its step."""
-    optimizer = FusedSGDR(params, **OPTIONS, **SCHEDULE, **options, backend=backend)
+    optimizer = FusedSGDR(params, **OPTIONS | SCHEDULE | options, backend=backend)
     return optimizer, optimizer.step
 
 

@@ -102,7 +102,7 @@ def run_momentum_dtype(case: Case, settings: Settings) -> dict[str, Any]:
             f"{NATIVE}, momentum in bfloat16",
             case.threads,
             lambda params: fused_sgdr(params, momentum_dtype=torch.bfloat16),
-            momentum_eps=torch.finfo(torch.bfloat16).eps,
+            momentum_dtype=torch.bfloat16,
         ),
     ]
     *baselines, plain, native = measure(candidates, settings).values()
@@ -124,10 +124,10 @@ def run_each_option(case: Case, settings: Settings) -> dict[str, Any]:
     def build_with(more: dict[str, Any]) -> Build:
         return lambda params: fused_sgdr(params, **more)
 
-    candidates = []
-    for name, more in options.items():
-        of_option = Workload(case.shapes, **more) if "ema_decay" in more else workload
-        candidates.append(of_option.candidate(name, case.threads, build_with(more)))
+    candidates = [
+        workload.candidate(name, case.threads, build_with(more), **more)
+        for name, more in options.items()
+    ]
     plain, *others = measure(candidates, settings).values()
     title = f"each option: {case.title}"
     return compare(Case(title, case.shapes, case.threads), others, [plain, *others], plain)

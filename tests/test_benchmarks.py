@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sgdr_fused import FusedSGDR
 from sgdr_fused.native import extension
 
 ROOT = Path(__file__).parent.parent
@@ -147,20 +148,74 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
     assert slow.ratio_to(fast) == 2
 
 
-@pytest.mark.parametrize("change", [{"weight_decay": 0}, {"nesterov": False}, {"T_0": 4}])
-def test_a_candidate_that_makes_another_update_is_not_timed(change):
-    from sgdr_fused import FusedSGDR
-
+def ignores_momentum(params):
+    """Has a momentum buffer like everybody, and does not look at it."""
     harness = importlib.import_module("benchmarks.harness")
-    options = harness.OPTIONS | harness.SCHEDULE | change
+    optimizer = FusedSGDR(params, **harness.OPTIONS | harness.SCHEDULE)
+
+    def step():
+        for param in params:
+            optimizer.state[param].pop("momentum_buffer", None)
+        optimizer.step()
+
+    return optimizer, step
+
+
+MISSING = ["momentum", "Nesterov", "weight decay", "the schedule", "the restart"]
+
+
+@pytest.mark.parametrize("missing", [*MISSING, "the use of the buffer"])
+@pytest.mark.parametrize("options", [{}, {"momentum_dtype": torch.bfloat16}], ids=str)
+def test_candidate_that_makes_another_update_is_not_timed(missing, options):
+    harness = importlib.import_module("benchmarks.harness")
+    assert list(harness.WITHOUT) == MISSING
 
     def build(params):
-        optimizer = FusedSGDR(params, **options)
-        return optimizer, optimizer.step
+        return harness.fused_sgdr(params, **options | harness.WITHOUT[missing])
 
     workload = harness.Workload([(5,), (3, 2)])
+    build = ignores_momentum if missing not in MISSING else build
     with pytest.raises(AssertionError, match="another does not make the reference's update"):
-        workload.candidate("another", 1, build)
+        workload.candidate("another", 1, build, **options)
+    right = workload.candidate("it", 1, lambda p: harness.fused_sgdr(p, **options), **options)
+    assert right.name == "it"
+
+
+@pytest.mark.parametrize("by_backward", [False, True])
+def test_one_pass_times_no_candidate_that_does_less(by_backward):
+    harness = importlib.import_module("benchmarks.harness")
+    one_pass = importlib.import_module("benchmarks.one_pass")
+    options = {"max_grad_norm": 1.0, "ema_decay": 0.9}
+    workload = harness.Workload([(5,), (3, 2)], by_backward=by_backward, **options)
+    for less in ({"max_grad_norm": None}, {"ema_decay": None}, *harness.WITHOUT.values()):
+        with pytest.raises(AssertionError, match="less does not make the reference's update"):
+            workload.candidate(
+                "less",
+                1,
+                lambda params, less=less: harness.fused_sgdr(params, **options | less),
+                momentum_eps=one_pass.NORM_EPS,
+            )
+
+
+def test_tolerance_that_hides_a_missing_option_is_refused():
+    harness = importlib.import_module("benchmarks.harness")
+    workload = harness.Workload([(5,), (3, 2)])
+    with pytest.raises(AssertionError, match=r"loose: a tolerance of .* hide that weight decay"):
+        workload.candidate("loose", 1, harness.fused_sgdr, momentum_eps=1e-4)
+    with pytest.raises(AssertionError, match="momentum is missing"):
+        workload.candidate("looser", 1, harness.fused_sgdr, momentum_eps=1.0)
+    with pytest.raises(TypeError, match="positional"):
+        workload.candidate("loosest", 1, harness.fused_sgdr, 1.0)
+
+
+def test_gpu_benchmark_times_no_candidate_that_ignores_momentum(monkeypatch, tmp_path):
+    """As the kernel did on the first GPU that it ran on, and the benchmark did not see."""
+    gpu = importlib.import_module("benchmarks.gpu")
+    harness = importlib.import_module("benchmarks.harness")
+    monkeypatch.setattr(gpu, "builds", lambda device: {gpu.NATIVE: ignores_momentum})
+    settings = harness.Settings(2, 0.001, True, tmp_path, 0.0, {})
+    with pytest.raises(AssertionError, match="FusedSGDR does not make the reference's update"):
+        gpu.run_case("MLP", importlib.import_module("benchmarks.shapes").mlp(), settings, "cpu")
 
 
 def test_the_memory_floor_reads_and_writes_every_element():

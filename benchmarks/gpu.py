@@ -11,11 +11,13 @@ is float32, with momentum 0.9, weight decay 1e-4 and Nesterov. For each candidat
 * of a copy: 20 bytes an element (parameter, gradient and momentum read, two of them written)
   divided by the device time, relative to what a copy of as many bytes reaches.
 
-Without a GPU, --quick tries the benchmark out on the CPU.
+Without a GPU, --quick tries the benchmark out on the CPU, and --draw FILE.json draws what was
+measured elsewhere, as FILE.png.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
@@ -44,6 +46,7 @@ from benchmarks.harness import (
     new_axes,
     parse_settings,
     print_table,
+    save_picture,
     write_results,
 )
 from benchmarks.step import pair
@@ -333,29 +336,46 @@ def draw(results: Sequence[dict[str, Any]]) -> Any:
         ax.barh(
             names, [e["device_us"] for e in case["candidates"]], color="0.2", height=0.15, zorder=3
         )
-        labels = [
-            f" {entry['step']['median_us']:.3g} µs ({entry['ratio']:.3g}×), "
-            f"{entry['launches']:g} launches"
-            for entry in case["candidates"]
-        ]
+        labels = [_label(entry) for entry in case["candidates"]]
         ax.bar_label(bars, labels, fontsize=8, padding=2)
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.5 * max(steps))
+        ax.set_xlim(0, 1.75 * max(steps))
         ax.set_xticks([])
         ax.spines["bottom"].set_visible(False)
         ax.tick_params(axis="y", length=0, labelsize=9)
-        title = f"{case['title']} (dark line: the GPU's share)"
-        ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        ax.set_title(case["title"], loc="left", fontsize=10, fontweight="bold")
+    return figure
+
+
+def _label(entry: dict[str, Any]) -> str:
+    microseconds, launches = entry["step"]["median_us"], entry["launches"]
+    time = f"{microseconds:.3g}" if microseconds < 1000 else f"{microseconds:,.0f}"
+    plural = "" if launches == 1 else "es"
+    return f" {time} µs ({entry['ratio']:.3g}×), {launches:g} launch{plural}"
+
+
+def titled(results: dict[str, Any]) -> Any:
+    """The picture of a run, with its GPU's name."""
+    figure = draw(results["cases"])
+    gpu = results["gpu"]
+    where = gpu["name"] if gpu else "on the CPU, to try it out: no result"
+    figure.suptitle(f"{where}. One step until it is done; dark: the GPU's own time", fontsize=9)
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures all cases; writes gpu.json and gpu.png."""
-    settings = parse_settings(argv, __doc__)
+    """Measures all cases and writes gpu.json and gpu.png; or draws an earlier run."""
+    settings = parse_settings(argv, __doc__, can_draw=True)
+    if settings.draw is not None:
+        results = json.loads(settings.draw.read_text())
+        picture = settings.draw.with_suffix(".png")
+        save_picture(titled(results), results["environment"], picture)
+        print(f"wrote {picture}")
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not settings.quick:
         raise SystemExit("there is no GPU; --quick tries the benchmark out on the CPU")
-    results = [run_case(title, case, settings, device) for title, case in cases(settings).items()]
+    measured = [run_case(title, case, settings, device) for title, case in cases(settings).items()]
     gpu = None
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -365,9 +385,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
         }
-    figure = draw(results)
-    figure.suptitle(gpu["name"] if gpu else "on the CPU, to try it out: no result", fontsize=9)
-    write_results(settings, "gpu", {"gpu": gpu, "cases": results}, figure)
+    results = {"gpu": gpu, "cases": measured}
+    write_results(settings, "gpu", results, titled(results))
 
 
 if __name__ == "__main__":

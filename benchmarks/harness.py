@@ -47,6 +47,7 @@ __all__ = [
     "new_axes",
     "parse_settings",
     "print_table",
+    "save_picture",
     "write_results",
 ]
 
@@ -81,6 +82,7 @@ class Settings:
         out: Folder for JSON and pictures.
         load_before: How many cores other processes kept busy just before.
         flags: Whether each of the benchmark's own flags was given.
+        draw: Results of an earlier run to draw, in place of measuring; None: measure.
     """
 
     rounds: int
@@ -89,6 +91,7 @@ class Settings:
     out: Path
     load_before: float
     flags: dict[str, bool]
+    draw: Path | None = None
 
 
 def cores_in_use(seconds: float = 1.0) -> float:
@@ -115,25 +118,33 @@ def cores_in_use(seconds: float = 1.0) -> float:
     return (os.cpu_count() or 1) * (busy - busy_before) / max(1, total - all_before)
 
 
-def parse_settings(argv: Sequence[str] | None, description: str | None, **flags: str) -> Settings:
+def parse_settings(
+    argv: Sequence[str] | None, description: str | None, can_draw: bool = False, **flags: str
+) -> Settings:
     """Reads the command line.
 
     Args:
         argv: Arguments; None: those of the process.
         description: What the benchmark is for; its first line is shown.
+        can_draw: Whether the benchmark can draw the results of an earlier run.
         **flags: The benchmark's own flags and their help.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, help="timings of each candidate (default 30)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 3 rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    if can_draw:
+        parser.add_argument(
+            "--draw", type=Path, metavar="JSON", help="draw an earlier run's results"
+        )
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     arguments = parser.parse_args(argv)
+    draw = arguments.draw if can_draw else None
     rounds = arguments.rounds or (3 if arguments.quick else 30)
     if rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
-    load = cores_in_use()
+    load = 0.0 if draw else cores_in_use()
     if load > BUSY_LOAD:
         print(f"Others use {load:.1f} cores: steps on several threads will look slow.")
     return Settings(
@@ -143,6 +154,7 @@ def parse_settings(argv: Sequence[str] | None, description: str | None, **flags:
         out=arguments.out,
         load_before=round(load, 2),
         flags={flag: getattr(arguments, flag) for flag in flags},
+        draw=draw,
     )
 
 
@@ -469,9 +481,20 @@ def write_results(settings: Settings, name: str, results: dict[str, Any], figure
     settings.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": here, **results}, indent=1)
     (settings.out / f"{name}.json").write_text(text + "\n")
-    where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
-    if settings.load_before > BUSY_LOAD:
-        where += f"; others used {settings.load_before} cores: do not quote"
-    figure.supxlabel(where, fontsize=8, color="0.45")
-    figure.savefig(settings.out / f"{name}.png")
+    save_picture(figure, here, settings.out / f"{name}.png")
     print(f"\nwrote {name}.json and {name}.png")
+
+
+def save_picture(figure: Any, here: dict[str, Any], path: Path) -> None:
+    """Writes a picture, and into it where its numbers were measured.
+
+    Args:
+        figure: The picture.
+        here: The results' environment, see :func:`environment`.
+        path: Where to write it.
+    """
+    where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
+    if here["load_before"] > BUSY_LOAD:
+        where += f"; others used {here['load_before']} cores: do not quote"
+    figure.supxlabel(where, fontsize=8, color="0.45")
+    figure.savefig(path)

@@ -128,6 +128,24 @@ def test_gpu_measures_every_candidate_that_runs_here(tmp_path):
             assert entry["host"]["median_us"] <= entry["step"]["median_us"]
 
 
+def test_gpu_draws_what_was_measured_elsewhere(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured = ROOT / "benchmarks/results/gpu_h100.json"
+    copied = tmp_path / "measured.json"
+    copied.write_text(measured.read_text())
+    gpu = importlib.import_module("benchmarks.gpu")
+    gpu.main(["--draw", str(copied)])
+    assert copied.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert copied.read_text() == measured.read_text()
+
+    results = json.loads(measured.read_text())
+    figure = gpu.titled(results)
+    assert results["gpu"]["name"] in figure.get_suptitle()
+    for ax, case in zip(figure.axes, results["cases"], strict=True):
+        steps = [entry["step"]["median_us"] for entry in case["candidates"]]
+        assert [bar.get_width() for bar in ax.patches[: len(steps)]] == steps
+
+
 def test_launches_are_kernels_and_copies_take_time_too():
     gpu = importlib.import_module("benchmarks.gpu")
     events = [("fused_step_kernel", 3.0), ("Memcpy DtoH", 1.0), ("Memset", 0.5)] * 2

@@ -1,5 +1,6 @@
 # make demo: trains on real data with the pair and with FusedSGDR. make test: the whole suite.
 # make examples: all examples, some minutes. make docs: the documentation as a site.
+# make gpu-package: what a machine with a GPU needs to run tests and benchmark, in .gpu/.
 # Each makes its own virtual environment first, and again only when something was changed.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DOCS_STAMP := $(VENV)/installed-docs
 SITE := docs/_build/html
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo examples test benchmark docs lint format clean
+.PHONY: demo examples test benchmark gpu-package docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
@@ -30,6 +31,9 @@ benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.backward_memory
 	$(BIN)/python -m benchmarks.small_tensors
 	$(BIN)/python -m benchmarks.threads
+
+gpu-package:
+	tests/gpu/package
 
 docs: $(DOCS_STAMP)
 	$(BIN)/python -m sphinx -q -W --keep-going docs $(SITE)
@@ -59,4 +63,4 @@ $(DOCS_STAMP): $(STAMP)
 	touch $(DOCS_STAMP)
 
 clean:
-	rm -rf build docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_built_for.py
+	rm -rf build .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_built_for.py

@@ -17,12 +17,14 @@ measured elsewhere, as FILE.png.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ from benchmarks.harness import (
     parse_settings,
     print_table,
     save_picture,
-    write_results,
+    write_json,
 )
 from benchmarks.step import pair
 
@@ -354,7 +356,7 @@ def _label(entry: dict[str, Any]) -> str:
     return f" {time} µs ({entry['ratio']:.3g}×), {launches:g} launch{plural}"
 
 
-def titled(results: dict[str, Any]) -> Any:
+def picture(results: dict[str, Any]) -> Any:
     """The picture of a run, with its GPU's name."""
     figure = draw(results["cases"])
     gpu = results["gpu"]
@@ -363,19 +365,12 @@ def titled(results: dict[str, Any]) -> Any:
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures all cases and writes gpu.json and gpu.png; or draws an earlier run."""
-    settings = parse_settings(argv, __doc__, can_draw=True)
-    if settings.draw is not None:
-        results = json.loads(settings.draw.read_text())
-        picture = settings.draw.with_suffix(".png")
-        save_picture(titled(results), results["environment"], picture)
-        print(f"wrote {picture}")
-        return
+def measured(settings: Settings) -> Path:
+    """Measures all cases and writes gpu.json; returns its path."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not settings.quick:
         raise SystemExit("there is no GPU; --quick tries the benchmark out on the CPU")
-    measured = [run_case(title, case, settings, device) for title, case in cases(settings).items()]
+    results = [run_case(title, case, settings, device) for title, case in cases(settings).items()]
     gpu = None
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -385,8 +380,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
         }
-    results = {"gpu": gpu, "cases": measured}
-    write_results(settings, "gpu", results, titled(results))
+    return write_json(settings, "gpu", {"gpu": gpu, "cases": results})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures all cases and draws them, or draws an earlier run."""
+    settings = parse_settings(argv, __doc__, can_draw=True)
+    path = settings.draw or measured(settings)
+    if importlib.util.find_spec("matplotlib") is None:
+        # A machine with a GPU is lent for its GPU: the numbers are there, and another can draw.
+        print(f"there is no matplotlib: draw by --draw {path}")
+        return
+    results = json.loads(path.read_text())
+    save_picture(picture(results), results["environment"], path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

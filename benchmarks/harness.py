@@ -48,6 +48,7 @@ __all__ = [
     "parse_settings",
     "print_table",
     "save_picture",
+    "write_json",
     "write_results",
 ]
 
@@ -477,12 +478,18 @@ def write_results(settings: Settings, name: str, results: dict[str, Any], figure
         results: What was measured.
         figure: The picture of it.
     """
+    path = write_json(settings, name, results)
+    save_picture(figure, json.loads(path.read_text())["environment"], path.with_suffix(".png"))
+
+
+def write_json(settings: Settings, name: str, results: dict[str, Any]) -> Path:
+    """Writes NAME.json, with where it was measured; returns its path."""
     here = environment() | {"load_before": settings.load_before, "rounds": settings.rounds}
     settings.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": here, **results}, indent=1)
-    (settings.out / f"{name}.json").write_text(text + "\n")
-    save_picture(figure, here, settings.out / f"{name}.png")
-    print(f"\nwrote {name}.json and {name}.png")
+    path = settings.out / f"{name}.json"
+    path.write_text(json.dumps({"environment": here, **results}, indent=1) + "\n")
+    print(f"\nwrote {path.name}")
+    return path
 
 
 def save_picture(figure: Any, here: dict[str, Any], path: Path) -> None:
@@ -498,3 +505,4 @@ def save_picture(figure: Any, here: dict[str, Any], path: Path) -> None:
         where += f"; others used {here['load_before']} cores: do not quote"
     figure.supxlabel(where, fontsize=8, color="0.45")
     figure.savefig(path)
+    print(f"wrote {path.name}")

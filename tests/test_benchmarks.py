@@ -139,7 +139,7 @@ def test_gpu_draws_what_was_measured_elsewhere(tmp_path):
     assert copied.read_text() == measured.read_text()
 
     results = json.loads(measured.read_text())
-    figure = gpu.titled(results)
+    figure = gpu.picture(results)
     assert results["gpu"]["name"] in figure.get_suptitle()
     for ax, case in zip(figure.axes, results["cases"], strict=True):
         steps = [entry["step"]["median_us"] for entry in case["candidates"]]

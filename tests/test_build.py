@@ -1,6 +1,7 @@
 """What setup.py says it builds, and why. It builds nothing here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,3 +65,11 @@ def test_a_cuda_backend_is_left_out_where_there_is_no_nvcc(tmp_path):
     status, said = setup(CUDA_HOME=str(tmp_path), SGDR_FUSED_CUDA="1")
     assert status != 0
     assert "SGDR_FUSED_CUDA=1, but there is no nvcc" in said
+
+
+def test_oldest_torch_is_the_same_everywhere():
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    for page in ("README.md", "docs/quick_start.md"):
+        assert f"torch >= {oldest}" in (ROOT / page).read_text(), page
+    tested = re.search(r"CUDA_TORCH-torch==([\d.]+)", (ROOT / ".ci/run").read_text())[1]
+    assert tested.startswith(f"{oldest}.")

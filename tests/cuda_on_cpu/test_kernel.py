@@ -238,7 +238,7 @@ def test_more_tensors_than_one_launch_takes(program, tmp_path) -> None:
         p["T_0"] = 2
     case.steps(2)
     assert case.difference(program, tmp_path) == ""
-    assert case.launches == [3, 3]
+    assert case.launches == [4, 4]
 
 
 def test_groups_without_tensors_advance(program, tmp_path) -> None:
@@ -255,7 +255,7 @@ def test_more_groups_than_one_launch_takes(program, tmp_path) -> None:
     case.step(case.some_grads())
     case.step([None] * 465)
     assert case.difference(program, tmp_path) == ""
-    assert case.launches == [3, 3]
+    assert case.launches == [4, 4]
 
 
 # -------------------------------------------------------------------------------------------- races

@@ -263,6 +263,9 @@ class Workload:
             torch.testing.assert_close(result, expected.tensors, rtol=tolerance, atol=tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name} does not make the reference's update: {error}") from error
+        if isinstance(optimizer, FusedSGDR) and optimizer.max_grad_norm is None:
+            # A limit that is never reached is not seen in the parameters.
+            assert (self._options | options).get("max_grad_norm") is None, f"{name} takes no norm"
         return Candidate(name, step, threads)
 
     def _expected_with(self, options: dict[str, Any]) -> Expected:

@@ -84,8 +84,10 @@ def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
 
 def test_backward_memory_measures_both_ways(tmp_path):
     step, in_backward = run_quickly("backward_memory", tmp_path)["ways"]
-    assert step["grad_bytes"] == in_backward["grad_bytes"] == 4 * 24 * 128 * 128
-    assert all(row["rise_bytes"] >= 0 for row in (step, in_backward))
+    assert step["grad_bytes"] == in_backward["grad_bytes"] == 4 * 24 * 256 * 256
+    # The momentum and the gradients; the momentum and a gradient or two.
+    assert step["rise_bytes"] > 1.8 * step["grad_bytes"]
+    assert step["rise_bytes"] - in_backward["rise_bytes"] > 0.7 * step["grad_bytes"]
 
 
 def test_small_tensors_fits_a_line_for_each_number_of_threads(tmp_path):
@@ -157,7 +159,7 @@ def test_the_line_through_points_on_a_line_is_that_line():
     small_tensors = importlib.import_module("benchmarks.small_tensors")
     counts = [10, 100, 1000]
     line = small_tensors.fit_line(counts, [2e-6 + 70e-9 * count for count in counts])
-    assert line == pytest.approx((2e-6, 70e-9))
+    assert line == pytest.approx((2e-6, 70e-9), rel=1e-9, abs=0)
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
@@ -213,6 +215,13 @@ def test_one_pass_times_no_candidate_that_does_less(by_backward):
                 lambda params, less=less: harness.fused_sgdr(params, **options | less),
                 momentum_eps=one_pass.NORM_EPS,
             )
+
+
+def test_candidate_that_takes_no_norm_is_not_timed():
+    harness = importlib.import_module("benchmarks.harness")
+    workload = harness.Workload([(5,), (3, 2)])
+    with pytest.raises(AssertionError, match="it takes no norm"):
+        workload.candidate("it", 1, harness.fused_sgdr, max_grad_norm=1e9)
 
 
 def test_tolerance_that_hides_a_missing_option_is_refused():

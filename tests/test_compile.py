@@ -213,6 +213,9 @@ def test_a_skipped_step_moves_nothing_in_the_graph():
     for i, bad in enumerate([True, False, True, True, False]):
         model(batch(i)).square().mean().backward()
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(bad))
+        before = [p.detach().clone() for p in model.parameters()]
         step()
+        unmoved = list(map(torch.equal, model.parameters(), before))
+        assert unmoved == [bad] * 4, i
     assert optimizer.state_dict()["param_groups"][0]["step"] == 2
     assert optimizer.skipped_steps == 3

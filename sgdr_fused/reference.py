@@ -91,6 +91,9 @@ class ReferenceStepper:
                 self._groups_before[i : i + 1] = [dict(group)]
         del self._groups_before[len(param_groups) :]
 
+    # Its roundings are the definition. Without this, torch.compile of torch 2.11 traces what a graph
+    # break calls, and rounds an add(alpha=...) twice.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(
         self,
         param_groups: Sequence[MutableMapping[str, Any]],
@@ -125,6 +128,7 @@ class ReferenceStepper:
         self._groups_before = [dict(group) for group in param_groups]
         return True
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step_param(
         self,
         param_groups: Sequence[MutableMapping[str, Any]],

@@ -193,7 +193,9 @@ def test_subclass_without_a_step_of_its_own_is_stepped(backend):
 def test_profiler_shows_each_step_under_torchs_name(backend):
     optimizer, _ = make(backend)
     optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    # acc_events, or torch 2.11 warns.
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         optimizer.step()
         optimizer.step()
     ranges = [e for e in profile.events() if e.name == "Optimizer.step#FusedSGDR.step"]

@@ -30,10 +30,11 @@ __all__ = [
 CONVERSIONS = ("HADD2", "F2F", "PRMT", "SHF", "SHL", "IMAD.U32", "IMAD.SHL")
 DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
 # The part of an opcode that tells the size of an access; without one, it is 4 bytes.
-ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "WIDE": 8, "128": 16, "256": 32}
 GLOBAL = ("LD", "ST", "LDG", "STG", "ATOM", "ATOMG", "RED", "REDG")
 SHARED = ("LDS", "STS", "ATOMS")
 CONSTANT = ("LDC", "LDCU", "ULDC")
+LOCAL = ("LDL", "STL")
 # An immediate of a constant-bank access is below: see kMaxArgsEnd in csrc/cuda/launch.h.
 IMMEDIATE_END = 0x8000
 
@@ -51,12 +52,14 @@ class Instruction:
 
     @property
     def parts(self) -> list[str]:
-        """Of the opcode: ``["LDC", "64"]``."""
+        """The opcode's parts: ``["LDC", "64"]``."""
         return self.opcode.split(".")
 
     @property
     def access_bytes(self) -> int:
-        """The size of the access, if it is one."""
+        """How many bytes it reads from memory or a constant bank, or writes there."""
+        if re.match("D[A-Z]", self.opcode):  # arithmetic in double
+            return 8
         return next((ACCESS_BYTES[part] for part in self.parts if part in ACCESS_BYTES), 4)
 
     @property
@@ -93,7 +96,7 @@ class Loop:
 
     @property
     def dtype(self) -> str:
-        """Of the parameter: "half" stands for all that is converted."""
+        """The parameter's dtype: "half" stands for all that is converted."""
         if self.count("DFMA"):
             return "float64"
         return "half" if self.count(*CONVERSIONS) else "float32"
@@ -107,13 +110,16 @@ class MachineCode:
         architecture: Such as "80".
         instructions: Of all functions.
         loops: The innermost ones.
-        constant_bytes: The size of the largest constant bank of a kernel, which its arguments end.
+        constant_bytes: The size of the largest constant bank of a kernel; the kernel's arguments
+            are the last part of it.
+        shared_alignment: What all kernels' shared memory is aligned to, in bytes; 0: there is none.
     """
 
     architecture: str
     instructions: Sequence[Instruction]
     loops: Sequence[Loop]
     constant_bytes: int
+    shared_alignment: int = 0
 
     def accesses(self, operations: Sequence[str]) -> list[Instruction]:
         """The instructions of these operations, such as "LDG"."""
@@ -122,7 +128,21 @@ class MachineCode:
     @property
     def local_accesses(self) -> list[Instruction]:
         """Accesses to a thread's local memory: spilled registers and indexed arrays."""
-        return self.accesses(("LDL", "STL"))
+        return self.accesses(LOCAL)
+
+    @property
+    def unknown_accesses(self) -> list[Instruction]:
+        """Accesses to memory by an operation, or of a size, that the other checks do not know."""
+        known = GLOBAL + SHARED + CONSTANT + LOCAL
+
+        def is_unknown(instruction: Instruction) -> bool:
+            operands = re.sub(r"\bcx?\[[^]]*\]\[[^]]*\]|\bdesc\[[^]]*\]", "", instruction.text)
+            if instruction.parts[0] in known:
+                sizes = [part for part in instruction.parts if re.fullmatch(r"[US]?\d+", part)]
+                return not set(sizes) <= set(ACCESS_BYTES)
+            return "[" in operands
+
+        return list(filter(is_unknown, self.instructions))
 
     @property
     def misplaced_constants(self) -> list[Instruction]:
@@ -155,14 +175,19 @@ class MachineCode:
 
     @property
     def misaligned_accesses(self) -> list[Instruction]:
-        """Accesses whose immediate is no multiple of their size, as their registers are."""
+        """Accesses whose immediate is no multiple of their size, or to shared memory that is
+        aligned to less than it.
+        """
         accesses = self.accesses(GLOBAL + SHARED + CONSTANT)
-        return [access for access in accesses if access.immediate % access.access_bytes]
+        by_immediate = [access for access in accesses if access.immediate % access.access_bytes]
+        wide = [a for a in self.accesses(SHARED) if a.access_bytes > self.shared_alignment]
+        return by_immediate + wide
 
     @property
     def faults(self) -> dict[str, list[Instruction]]:
         """What no kernel may have, by its name."""
         return {
+            "unknown access": self.unknown_accesses,
             "local access": self.local_accesses,
             "misplaced constant": self.misplaced_constants,
             "narrow address": self.narrow_addresses,
@@ -170,7 +195,7 @@ class MachineCode:
         }
 
     def usual_loop(self, dtype: str) -> Loop:
-        """Of weight decay and Nesterov momentum, without grad_scale or clipping.
+        """The loop with weight decay and Nesterov momentum, without grad_scale or clipping.
 
         Args:
             dtype: "float32", "float64", "float16" or "bfloat16", for parameter, gradient and
@@ -229,11 +254,16 @@ def read(text: str) -> MachineCode:
     if target is None or not instructions:
         raise ValueError(f"not the disassembly of a cubin: {text[:200]!r}")
     arguments = re.findall(r"^\.nv\.constant0\.\S+:\s+\.zero\s+(\d+)", text, re.M)
+    shared = re.findall(
+        r"\.section\s+\.nv\.shared\.(?!reserved).*\n(?:\s+\.sectionflags.*\n)?\s+\.align\s+(\d+)",
+        text,
+    )
     return MachineCode(
         architecture=target[1],
         instructions=instructions,
         loops=_innermost_loops(instructions, labels),
         constant_bytes=max(map(int, arguments)),
+        shared_alignment=min(map(int, shared), default=0),
     )
 
 

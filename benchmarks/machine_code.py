@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.disassembly import MachineCode, disassembled, tool
 
-__all__ = ["Kernel", "architectures", "compiled", "compiled_source", "missing_tool"]
+__all__ = ["Kernel", "architectures", "compiled", "compiled_source", "missing_tool", "row_of"]
 
 REPOSITORY = Path(__file__).parent.parent
 RESULT = REPOSITORY / "benchmarks/results/machine_code.json"
@@ -132,7 +132,8 @@ def compiled_source(architecture: str, text: str) -> Kernel:
     )
 
 
-def _row(name: str, kernel: Kernel) -> dict[str, object]:
+def row_of(name: str, kernel: Kernel) -> dict[str, object]:
+    """What the results say of a kernel."""
     faults = {fault: len(found) for fault, found in kernel.code.faults.items()}
     return {
         "kernel": name,
@@ -149,7 +150,7 @@ def main() -> None:
     if missing := missing_tool():
         raise SystemExit(missing)
     kernels = {name: compiled(architectures(), name) for name in SOURCES}
-    rows = [_row(name, kernel) for name, of_name in kernels.items() for kernel in of_name]
+    rows = [row_of(name, kernel) for name, of_name in kernels.items() for kernel in of_name]
     print("Each kernel. Its arguments end at the given byte of the constant bank. Faults: accesses")
     print("to local memory, and those that ptxas may have got wrong.")
     print(f"{'':26}{'registers':>10}{'spilled':>9}{'arguments end':>15}{'faults':>8}")

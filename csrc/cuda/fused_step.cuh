@@ -113,7 +113,7 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
     UpdateScalars<float> in_float;
     UpdateScalars<double> in_double;
   };
-  alignas(Scalars) __shared__ unsigned char memory[sizeof(Scalars)];
+  alignas(kBytesPerAccess) __shared__ unsigned char memory[sizeof(Scalars)];
   auto* const scalars = reinterpret_cast<Scalars*>(memory);
   alignas(kBytesPerAccess) __shared__ ChunkDraws draws;
   uint32_t group_of_scalars = args.group_count;

@@ -79,7 +79,7 @@ __device__ __forceinline__ void sum_up_chunks(const NormArgs& args) {
 
 // By one block, each thread one lane after another.
 __device__ __forceinline__ void sum_up_all(const NormArgs& args) {
-  __shared__ double lanes[kNormLanes];
+  alignas(kBytesPerAccess) __shared__ double lanes[kNormLanes];
   const int64_t chunks = args.first_chunk + args.chunk_count;
   for (uint32_t lane = threadIdx.x; lane < kNormLanes; lane += blockDim.x) {
     double sum = 0;

@@ -24,8 +24,8 @@ static_assert(kChunkNumel % kDrawNumel == 0 && kMaxPieceNumel % kChunkNumel == 0
 
 // The constant bank of a kernel holds its arguments. An instruction addresses the bank by a
 // register plus a signed 16-bit immediate. Where an argument lies at byte 0x8000 or beyond, ptxas
-// takes 0x10000 from the immediate and adds it to the register; ptxas 13.0 forgets the register in
-// places, and the load reads zeros. So no argument of any kernel lies there.
+// takes 0x10000 from the immediate and adds it to the register; ptxas 13.0 forgets to add
+// it in places, and the load reads zeros. So no argument of any kernel lies there.
 constexpr size_t kMaxArgsEnd = 0x8000;
 // Where arguments of more than a few KB begin: at 0x1a80 on compute capability 7.5 to 8.9, at 0x210
 // on 9.0, at 0x380 on 10.0 and 12.0.
@@ -137,7 +137,8 @@ struct LaunchArgs {
     return reinterpret_cast<const LaunchGroup*>(payload + sizeof(payload))[-1 - int64_t{i}];
   }
 };
-// Less one group: the compiler's immediate for group(i) may be that of group(-1).
+// Less one group: group(i) counts down from the payload's end, so that the immediate may be that
+// end and what a member adds to it.
 static_assert(sizeof(LaunchArgs) + sizeof(LaunchGroup) <= kMaxArgsBytes);
 static_assert(sizeof(LaunchArgs::payload) / sizeof(LaunchGroup) <= 1 << 8);
 

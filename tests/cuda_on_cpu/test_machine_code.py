@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -110,6 +111,16 @@ def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, na
 # -------------------------------------------------------------------------------- the element loops
 
 
+def test_published_results_are_of_this_code(all_kernels) -> None:
+    """benchmarks/results/machine_code.json, but for what another nvcc may count otherwise."""
+    published = json.loads(machine_code.RESULT.read_text())
+    kernels = [(name, kernel) for name in SOURCES for kernel in all_kernels[name].values()]
+    for row, (name, kernel) in zip(published, kernels, strict=True):
+        found = machine_code.row_of(name, kernel)
+        for key in ("kernel", "architecture", "spilled_bytes", "constant_bytes", "faults"):
+            assert row[key] == found[key], (name, kernel.architecture, key)
+
+
 def test_every_load_and_store_of_a_vector_loop_has_16_bytes(step_code) -> None:
     loops = vector_loops(step_code)
     assert len(loops) == TYPES * LOOPS_OF_A_TYPE
@@ -214,15 +225,23 @@ def test_constants_beyond_the_reach_of_an_immediate_are_found(
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
+        ("unknown access", "LDGSTS.E.BYPASS.128 [R5+0x3], desc[UR4][R2.64]"),
+        ("unknown access", "LDSM.16.M88.4 R4, [R2+0x4]"),
+        ("unknown access", "UBLKCP.S.G [UR8], [UR4], UR6"),
+        ("unknown access", "LDG.E.512 R4, desc[UR4][R2.64]"),
         ("local access", "@!P0 STL.64 [R1+0x8], R4"),
         ("misplaced constant", "LDC.64 R6, c[0x0][R20+-0x7df8]"),
         ("misplaced constant", "LDCU.64 UR6, c[0x0][UR4+0x8000]"),
         ("misplaced constant", "ISETP.NE.AND P0, PT, RZ, c[0x0][0x6704], PT"),
         ("misplaced constant", "LDC.64 R2, c[0x0][0x6700]"),
+        ("misplaced constant", "DFMA R2, R4, c[0x0][0x6700], R6"),
+        ("misplaced constant", "IMAD.WIDE.U32 R28, R0, R29, c[0x0][0x6700]"),
+        ("misplaced constant", "LDC.64 R2, cx[UR4][R2+UR6+-0x8]"),
         ("narrow address", "LDG.E R0, desc[UR4][R2]"),
         ("narrow address", "STG.E.128 desc[UR4][R2.U32+UR6], R4"),
         ("narrow address", "ATOMG.INC.STRONG.GPU PT, R2, desc[UR8][R2.64], R5"),
-        ("misaligned access", "STS.128 [UR5+0x28], R4"),
+        ("misaligned access", "STS.64 [UR5+0x24], R4"),
+        ("misaligned access", "STS.128 [UR5+0x20], R4"),
         ("misaligned access", "LDG.E.64 R0, desc[UR4][R2.64+-0x4]"),
         ("misaligned access", "@P1 LDC.U16 R0, c[0x0][R2+0x211]"),
     ],
@@ -232,9 +251,11 @@ def test_every_kind_of_faulty_access_is_found(fault, text) -> None:
         "LDC.64 R6, c[0x0][R20+0x66f8]",
         "@P0 LDG.E.128 R0, desc[UR4][R2.64+-0x2000]",
         "STS.U8 [UR4+0x3], R0",
-        "FMUL R0, R1, c[0x0][0x66fc]",
+        "FMUL R0, R1, c[0x0][0x6700]",
+        "BRA `(.L_x_3)",
     ]
-    code = MachineCode("90", [Instruction(t) for t in [*right, text]], [], constant_bytes=0x6704)
+    instructions = [Instruction(t) for t in [*right, text]]
+    code = MachineCode("90", instructions, [], constant_bytes=0x6704, shared_alignment=8)
     found = {name: [i.text for i in faulty] for name, faulty in code.faults.items() if faulty}
     assert found == {fault: [text]}
 

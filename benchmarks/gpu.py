@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +59,8 @@ NATIVE = "FusedSGDR"
 NATIVE_IN_GRAPH = "FusedSGDR in a CUDA graph"
 BYTES_PER_ELEMENT = 20
 PROFILED_STEPS = 5
+# torch.compile takes minutes for more of them.
+MOST_TENSORS_TO_COMPILE = 500
 
 
 # --------------------------------------------------------------------------------------- candidates
@@ -105,6 +109,12 @@ def native_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
     return optimizer, graph.replay
 
 
+def c_compiler() -> str | None:
+    """The C compiler that Triton would take, which torch.compile needs on a GPU."""
+    found = (shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+    return next(filter(None, found), None)
+
+
 def apex_pair() -> Build | None:
     """The pair with apex's FusedSGD, if apex is installed."""
     try:
@@ -125,8 +135,8 @@ def apex_pair() -> Build | None:
     return build
 
 
-def builds(device: str) -> dict[str, Build]:
-    """What is measured; on the CPU what runs there."""
+def builds(device: str, n_tensors: int) -> dict[str, Build]:
+    """What is measured for so many tensors; on the CPU what runs there."""
     found: dict[str, Build] = {
         NATIVE: fused_sgdr,
         "SGD(fused=True) + scheduler": pair(fused=True),
@@ -136,7 +146,8 @@ def builds(device: str) -> dict[str, Build]:
     if device == "cuda":
         found[NATIVE_IN_GRAPH] = native_in_graph
         found["SGD(fused=True) in a CUDA graph + scheduler"] = pair_in_graph
-        found["compiled SGD, tensor LR + scheduler"] = pair(compiled=True, foreach=True)
+        if n_tensors <= MOST_TENSORS_TO_COMPILE and c_compiler():
+            found["compiled SGD, tensor LR + scheduler"] = pair(compiled=True, foreach=True)
         apex = apex_pair()
         if apex is not None:
             found["apex FusedSGD + scheduler"] = apex
@@ -187,17 +198,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def gpu_events(run: Step, device: str) -> list[KernelEvent]:
+def device_events(run: Step, device: str) -> list[KernelEvent]:
     """What the profiler sees on the device while something runs."""
+    on_gpu = device == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     synchronize(device)
-    # To keep the events, though there is one cycle only: torch warns without it.
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profile:
+    # acc_events, or torch warns that it does not keep them.
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         run()
         synchronize(device)
     return [
         KernelEvent(event.name, event.time_range.elapsed_us())
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
     ]
 
 
@@ -210,7 +223,7 @@ def device_work(step: Step, device: str) -> DeviceWork:
         for _ in range(PROFILED_STEPS):
             step()
 
-    return DeviceWork.of(gpu_events(steps, device), PROFILED_STEPS)
+    return DeviceWork.of(device_events(steps, device), PROFILED_STEPS)
 
 
 def copy_bytes_per_second(n_bytes: int, device: str) -> float:
@@ -279,7 +292,7 @@ def run_case(title: str, case: shapes.Shapes, settings: Settings, device: str) -
     workload = Workload(case, device)
     candidates = [
         workload.candidate(name, torch.get_num_threads(), build)
-        for name, build in builds(device).items()
+        for name, build in builds(device, len(case)).items()
     ]
     host, step = measure(candidates, settings, device)
     n_bytes = BYTES_PER_ELEMENT * shapes.numel(case)
@@ -370,7 +383,8 @@ def measured(settings: Settings) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not settings.quick:
         raise SystemExit("there is no GPU; --quick tries the benchmark out on the CPU")
-    results = [run_case(title, case, settings, device) for title, case in cases(settings).items()]
+    if device == "cuda" and not c_compiler():
+        print("There is no C compiler, so torch.compile is left out.")
     gpu = None
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -380,7 +394,12 @@ def measured(settings: Settings) -> Path:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
         }
-    return write_json(settings, "gpu", {"gpu": gpu, "cases": results})
+    results: list[dict[str, Any]] = []
+    for title, case in cases(settings).items():
+        results.append(run_case(title, case, settings, device))
+        # After each case: the machine may be gone before the last.
+        path = write_json(settings, "gpu", {"gpu": gpu, "cases": results})
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -148,6 +148,38 @@ def test_gpu_draws_what_was_measured_elsewhere(tmp_path):
         assert [bar.get_width() for bar in ax.patches[: len(steps)]] == steps
 
 
+def test_gpu_benchmark_keeps_what_it_has_measured_when_it_is_cut_off(monkeypatch, tmp_path):
+    gpu = importlib.import_module("benchmarks.gpu")
+
+    def run_case(title, *_):
+        if title != "MLP":
+            raise TimeoutError
+        return {"title": title}
+
+    monkeypatch.setattr(gpu, "run_case", run_case)
+    with pytest.raises(TimeoutError):
+        gpu.main(["--quick", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [case["title"] for case in results["cases"]] == ["MLP"]
+
+
+def test_gpu_benchmark_compiles_what_can_be_compiled_in_time(monkeypatch):
+    gpu = importlib.import_module("benchmarks.gpu")
+    compiled = "compiled SGD, tensor LR + scheduler"
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    assert compiled in gpu.builds("cuda", 161)
+    assert compiled not in gpu.builds("cuda", 2000)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert compiled not in gpu.builds("cuda", 161)
+
+
+def test_profiler_shows_what_ran_and_warns_of_nothing():
+    """On a GPU its kernels; a warning is an error here as there."""
+    gpu = importlib.import_module("benchmarks.gpu")
+    events = gpu.device_events(lambda: torch.ones(3).add_(1), "cpu")
+    assert [event.name for event in events].count("aten::add_") == 1
+
+
 def test_launches_are_kernels_and_copies_take_time_too():
     gpu = importlib.import_module("benchmarks.gpu")
     events = [("fused_step_kernel", 3.0), ("Memcpy DtoH", 1.0), ("Memset", 0.5)] * 2
@@ -239,7 +271,7 @@ def test_gpu_benchmark_times_no_candidate_that_ignores_momentum(monkeypatch, tmp
     """As the kernel did on the first GPU that it ran on, and the benchmark did not see."""
     gpu = importlib.import_module("benchmarks.gpu")
     harness = importlib.import_module("benchmarks.harness")
-    monkeypatch.setattr(gpu, "builds", lambda device: {gpu.NATIVE: ignores_momentum})
+    monkeypatch.setattr(gpu, "builds", lambda *_: {gpu.NATIVE: ignores_momentum})
     settings = harness.Settings(2, 0.001, True, tmp_path, 0.0, {})
     with pytest.raises(AssertionError, match="FusedSGDR does not make the reference's update"):
         gpu.run_case("MLP", importlib.import_module("benchmarks.shapes").mlp(), settings, "cpu")

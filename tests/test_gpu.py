@@ -18,7 +18,7 @@ from cuda_scenarios import (
 )
 from pair import make_params
 
-from benchmarks.gpu import gpu_events
+from benchmarks.gpu import device_events
 from sgdr_fused import FusedSGDR, native
 
 pytestmark = [
@@ -49,7 +49,7 @@ def test_launches(tensors, launches):
     gpu = FusedSGDR(on_gpu(make_params([5] * tensors)), **OPTIONS, **SCHEDULE, backend="native")
     give_gradients(0, gpu)
     gpu.step()
-    kernels = [event.name for event in gpu_events(gpu.step, "cuda") if event.is_launch]
+    kernels = [event.name for event in device_events(gpu.step, "cuda") if event.is_launch]
     assert len(kernels) == launches
     assert all("fused_step_kernel" in name for name in kernels)
 

@@ -282,7 +282,7 @@ class Workload:
         return self._expected[key]
 
     def _least_change(self, expected: list[Tensor], others: list[Tensor]) -> float:
-        """Over the parameters, the least of what their most changed elements have changed by.
+        """The largest change within each parameter, and the smallest of those.
 
         A change is relative to 1 + the element, as the tolerance is.
         """

@@ -91,8 +91,8 @@ class ReferenceStepper:
                 self._groups_before[i : i + 1] = [dict(group)]
         del self._groups_before[len(param_groups) :]
 
-    # Its roundings are the definition. Without this, torch.compile of torch 2.11 traces what a graph
-    # break calls, and rounds an add(alpha=...) twice.
+    # Its roundings are the definition. Without this, torch.compile of torch 2.11 traces what is
+    # called at a graph break, and rounds an add(alpha=...) twice.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(
         self,

@@ -378,7 +378,7 @@ def graph_of_what_it_cannot_repeat() -> None:
             gpu.param_groups[0]["lr"] = 0.5
         if change == "momentum_buffer":
             gpu.state[params_of(gpu)[0]].clear()
-        # Which it is, as the step was refused.
+        # The graph is empty because the step was refused.
         with (
             without_warning("The CUDA Graph is empty"),
             pytest.raises(RuntimeError, match="CUDA graph"),

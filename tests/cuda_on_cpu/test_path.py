@@ -73,7 +73,7 @@ def test_the_gpu_does_what_the_cpu_does(errors: dict[str, str], name: str) -> No
 
 @pytest.fixture(scope="module")
 def errors_guarded() -> dict[str, str]:
-    # Backwards: what torch warns of only once, it warns another scenario of.
+    # In reverse order, so that another scenario meets what torch warns of only once.
     names = [name for name in reversed(NO_GRAPH) if name != "two_thousand_tensors"]
     return report(RUN_SCENARIOS, *names, **options(guard=True, seed=2))
 

@@ -410,8 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A machine with a GPU is lent for its GPU: the numbers are there, and another can draw.
         print(f"there is no matplotlib: draw by --draw {path}")
         return
-    results = json.loads(path.read_text())
-    save_picture(picture(results), results["environment"], path.with_suffix(".png"))
+    save_picture(picture(json.loads(path.read_text())), path)
 
 
 if __name__ == "__main__":

@@ -481,8 +481,7 @@ def write_results(settings: Settings, name: str, results: dict[str, Any], figure
         results: What was measured.
         figure: The picture of it.
     """
-    path = write_json(settings, name, results)
-    save_picture(figure, json.loads(path.read_text())["environment"], path.with_suffix(".png"))
+    save_picture(figure, write_json(settings, name, results))
 
 
 def write_json(settings: Settings, name: str, results: dict[str, Any]) -> Path:
@@ -495,17 +494,17 @@ def write_json(settings: Settings, name: str, results: dict[str, Any]) -> Path:
     return path
 
 
-def save_picture(figure: Any, here: dict[str, Any], path: Path) -> None:
-    """Writes a picture, and into it where its numbers were measured.
+def save_picture(figure: Any, path: Path) -> None:
+    """Writes the picture of some results beside them, and into it where they were measured.
 
     Args:
         figure: The picture.
-        here: The results' environment, see :func:`environment`.
-        path: Where to write it.
+        path: The results, as :func:`write_json` writes them.
     """
+    here = json.loads(path.read_text())["environment"]
     where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
     if here["load_before"] > BUSY_LOAD:
         where += f"; others used {here['load_before']} cores: do not quote"
     figure.supxlabel(where, fontsize=8, color="0.45")
-    figure.savefig(path)
-    print(f"wrote {path.name}")
+    figure.savefig(path.with_suffix(".png"))
+    print(f"wrote {path.stem}.png")

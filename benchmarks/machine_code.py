@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.disassembly import MachineCode, disassembled, tool
 
@@ -132,16 +132,15 @@ def compiled_source(architecture: str, text: str) -> Kernel:
     )
 
 
-def row_of(name: str, kernel: Kernel) -> dict[str, object]:
+def row_of(name: str, kernel: Kernel) -> dict[str, Any]:
     """What the results say of a kernel."""
-    faults = {fault: len(found) for fault, found in kernel.code.faults.items()}
     return {
         "kernel": name,
         "architecture": f"sm_{kernel.architecture}",
         "registers": kernel.registers,
         "spilled_bytes": kernel.spilled_bytes,
         "constant_bytes": kernel.code.constant_bytes,
-        "faults": faults,
+        "faults": {fault: len(found) for fault, found in kernel.code.faults.items()},
     }
 
 
@@ -154,11 +153,10 @@ def main() -> None:
     print("Each kernel. Its arguments end at the given byte of the constant bank. Faults: accesses")
     print("to local memory, and those that ptxas may have got wrong.")
     print(f"{'':26}{'registers':>10}{'spilled':>9}{'arguments end':>15}{'faults':>8}")
-    for row, kernel in zip(rows, itertools.chain(*kernels.values()), strict=True):
-        n_faults = sum(map(len, kernel.code.faults.values()))
+    for row in rows:
         print(
-            f"{row['kernel']:18}{row['architecture']:8}{kernel.registers:>10}"
-            f"{kernel.spilled_bytes:>9}{kernel.code.constant_bytes:>#15x}{n_faults:>8}"
+            f"{row['kernel']:18}{row['architecture']:8}{row['registers']:>10}"
+            f"{row['spilled_bytes']:>9}{row['constant_bytes']:>#15x}{sum(row['faults'].values()):>8}"
         )
 
     widths = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}

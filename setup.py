@@ -15,13 +15,17 @@ from setuptools import setup
 PACKAGE = Path(__file__).parent / "sgdr_fused"
 
 SOURCES = [
-    "csrc/bindings.cpp",
-    "csrc/ops.cpp",
-    "csrc/stepper.cpp",
-    "csrc/stepper_grad_norm.cpp",
-    "csrc/stepper_on_gpu.cpp",
     "csrc/cpu/fused_step.cpp",
     "csrc/cpu/grad_norm.cpp",
+    "csrc/torch/flattener.cpp",
+    "csrc/torch/op.cpp",
+    "csrc/python/bindings.cpp",
+    "csrc/python/gatherer.cpp",
+    "csrc/python/grad_norm.cpp",
+    "csrc/python/group_on_gpu.cpp",
+    "csrc/python/param_group.cpp",
+    "csrc/python/state.cpp",
+    "csrc/python/stepper.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/fused_step.cu", "csrc/cuda/grad_norm.cu"]
 

@@ -1,7 +1,7 @@
 """Where a second thread starts to pay.
 
 FusedSGDR's step on one thread and on two, over one large tensor and over tensors of 64 elements.
-Below ``kParallelNumel`` of csrc/fused_step.h the library itself stays on one thread, so both take
+Below ``kParallelNumel`` of csrc/backend.h the library itself stays on one thread, so both take
 equally long there: to see further down, lower the constant, rebuild and run this again.
 """
 
@@ -30,7 +30,7 @@ THRESHOLD = re.compile(r"kParallelNumel = (?:(\d+) << )?(\d+);")
 
 def parallel_numel() -> int | None:
     """The library's threshold, as it stands in the sources; None where it is not a plain number."""
-    header = Path(__file__).parent.parent / "csrc" / "fused_step.h"
+    header = Path(__file__).parent.parent / "csrc" / "backend.h"
     match = THRESHOLD.search(header.read_text())
     if match is None:
         return None

@@ -622,15 +622,13 @@ class FusedSGDR(Optimizer):
         stepper = None
         if "param_groups" in self.__dict__:
             stepper = self._new_stepper()
-            state = self._adopted(state, stepper.keep)
+            state = self._adopted(state)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
         self._stepper = self._new_stepper() if stepper is None else stepper
         self._sync()
 
-    def _adopted(
-        self, loaded: dict[str, Any], keep: Callable[[Tensor, Tensor | None], Tensor]
-    ) -> dict[str, Any]:
+    def _adopted(self, loaded: dict[str, Any]) -> dict[str, Any]:
         """A loaded state, checked, and completed from our own groups where it is an SGD's."""
         groups = []
         for i, (own, saved) in enumerate(
@@ -661,12 +659,11 @@ class FusedSGDR(Optimizer):
             of_param = {k: v for k, v in loaded["state"][param].items() if v is not None}
             if is_from_checkpoint:
                 of_param = checkpoint.without_blanks(of_param)
-            sibling: Tensor | None = None
             for role, dtype in dtypes_of_state(of_group, param).items():
                 if role in of_param:
                     saved = self._as_saved(param, role, of_param[role], name)
                     copied = saved.to(param.device, dtype, copy=True)
-                    sibling = of_param[role] = keep(placed_like(param, copied), sibling)
+                    of_param[role] = placed_like(param, copied)
             state[param] = of_param
         return {"state": state, "param_groups": groups}
 

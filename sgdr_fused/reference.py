@@ -66,10 +66,6 @@ class ReferenceStepper:
         """Sets the options that are the whole optimizer's: see :class:`Clipping`."""
         self._clipping = Clipping(max_grad_norm, skip_nonfinite)
 
-    def keep(self, copy: Tensor, sibling: Tensor | None) -> Tensor:
-        """A copy of a tensor for the state, where this stepper would have it: here, where it is."""
-        return copy
-
     def sync(
         self,
         param_groups: Sequence[MutableMapping[str, Any]],

@@ -1,10 +1,9 @@
-#include "../fused_step.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "../backend.h"
 #include "instruction_set.h"
 #include "loops.h"
 
@@ -12,10 +11,10 @@ namespace sgdr {
 namespace cpu {
 namespace {
 
-constexpr int64_t kChunkNumel = 1 << 14;
-constexpr size_t kAhead = 3;
+constexpr int64_t kRangeNumel = 1 << 14;  // of a thread
+constexpr size_t kTensorsAhead = 3;
 constexpr int64_t kBlockNumel = 1024;  // three blocks of doubles stay in the first-level cache
-static_assert(kChunkNumel % kBlockNumel == 0 && kBlockNumel % kDrawsNumel == 0);
+static_assert(kRangeNumel % kBlockNumel == 0 && kBlockNumel % kDrawsNumel == 0);
 
 template <class T>
 constexpr ElementType kElementType =
@@ -26,7 +25,7 @@ template <class T>
 struct GroupLoops {
   const GroupStep* group;
   UpdateScalars<T> scalars;
-  UpdateScalars<T> first_scalars;  // see Note [Fewer loops]
+  UpdateScalars<T> first_scalars;  // see kEmptyMomentum
   UpdateLoop<T> update;
   UpdateRoundingLoop update_rounding;  // of momentum in bfloat16
 
@@ -46,7 +45,7 @@ bool is_rounded(bool stochastically, ElementType type) {
 }
 
 RandomKey random_key(const GroupStep& group, const TensorEntry& entry) {
-  return {group.seed, static_cast<uint32_t>(group.step), entry.param_index};
+  return {group.options->seed, static_cast<uint32_t>(group.step), entry.param_index};
 }
 
 // A stretch of a tensor in the type of the arithmetic: the tensor's own memory where it has that
@@ -92,9 +91,9 @@ void update_by_blocks(const TensorEntry& entry, int64_t begin, int64_t end,
                       const GroupLoops<T>& loops) {
   const GroupStep& group = *loops.group;
   const UpdateScalars<T>& scalars = entry.first_step ? loops.first_scalars : loops.scalars;
-  const bool rounds_param = is_rounded(group.rounds_param, entry.param_type);
-  const bool rounds_momentum =
-      is_rounded(group.rounds_momentum, entry.momentum_type) && entry.momentum_buffer != nullptr;
+  const bool rounds_param = is_rounded(group.options->rounds_param, entry.param_type);
+  const bool rounds_momentum = is_rounded(group.options->rounds_momentum, entry.momentum_type) &&
+                               entry.momentum_buffer != nullptr;
   const RandomKey key = random_key(group, entry);
   Operand<InstructionSet, T> param(entry.param, entry.param_type);
   Operand<InstructionSet, T> grad(entry.grad, entry.grad_type);
@@ -141,7 +140,7 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
                         !entry.first_step && entry.low_precision_param == nullptr;
   if constexpr (std::is_same_v<T, float>) {
     if (is_plain && entry.ema == nullptr && entry.momentum_type == ElementType::kBFloat16 &&
-        loops.group->rounds_momentum) {
+        loops.group->options->rounds_momentum) {
       loops.update_rounding(static_cast<float*>(entry.param) + begin,
                             static_cast<const float*>(entry.grad) + begin,
                             static_cast<uint16_t*>(entry.momentum_buffer) + begin, end - begin,
@@ -171,7 +170,7 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
 
 // The first lines of a tensor that is due soon: small ones are over before the processor sees a
 // pattern.
-SGDR_HD void prefetch(const TensorEntry& entry) {
+SGDR_INLINE void prefetch(const TensorEntry& entry) {
   for (int64_t byte = 0; byte < 256; byte += 64) {
     __builtin_prefetch(static_cast<const char*>(entry.param) + byte, 1);
     __builtin_prefetch(static_cast<const char*>(entry.grad) + byte);
@@ -182,7 +181,7 @@ SGDR_HD void prefetch(const TensorEntry& entry) {
 }
 
 template <class InstructionSet>
-void fused_step(const FusedStep& step) {
+void run(const Step& step) {
   struct Loops {
     GroupLoops<float> in_float;
     GroupLoops<double> in_double;
@@ -200,29 +199,36 @@ void fused_step(const FusedStep& step) {
       update_range<InstructionSet>(entry, begin, end, of_group.in_float);
   };
 
-  if (!is_worth_threads(step) || at::get_num_threads() == 1) {
+  if (!is_worth_threads(step.tensors) || at::get_num_threads() == 1) {
     for (size_t i = 0; i < step.tensors.size(); ++i) {
-      if (i + kAhead < step.tensors.size()) prefetch(step.tensors[i + kAhead]);
+      if (i + kTensorsAhead < step.tensors.size()) prefetch(step.tensors[i + kTensorsAhead]);
       update(step.tensors[i], 0, step.tensors[i].numel);
     }
     return;
   }
-  const std::vector<Chunk> chunks = divide_into_chunks(step.tensors, kChunkNumel);
-  at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+  const std::vector<EntryRange> ranges = divide_into_ranges(step.tensors, kRangeNumel);
+  at::parallel_for(0, static_cast<int64_t>(ranges.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Chunk& chunk = chunks[static_cast<size_t>(i)];
-      update(step.tensors[chunk.entry], chunk.begin, chunk.end);
+      const EntryRange& range = ranges[static_cast<size_t>(i)];
+      update(step.tensors[range.entry], range.begin, range.end);
     }
   });
 }
 
 }  // namespace
-}  // namespace cpu
 
-void fused_step_cpu(const FusedStep& step) {
-  static const auto step_function = cpu::with_instruction_set(
-      [](auto set) -> void (*)(const FusedStep&) { return cpu::fused_step<decltype(set)>; });
-  step_function(step);
+bool is_worth_threads(std::span<const TensorEntry> tensors) {
+  int64_t numel = 0;
+  for (const TensorEntry& entry : tensors) numel += entry.numel;
+  const auto least = static_cast<int64_t>(tensors.size()) * kParallelNumelPerTensor;
+  return numel >= std::max(kParallelNumel, least);
 }
 
+void fused_step(const Step& step) {
+  static const auto run_with_set =
+      with_instruction_set([](auto set) -> void (*)(const Step&) { return run<decltype(set)>; });
+  run_with_set(step);
+}
+
+}  // namespace cpu
 }  // namespace sgdr

@@ -8,7 +8,8 @@
 #include <bit>
 #include <cstring>
 
-#include "../fused_step.h"
+#include "../backend.h"
+#include "../random_rounding.h"
 #include "../static_switch.h"
 
 namespace sgdr::cpu {
@@ -21,7 +22,7 @@ constexpr int64_t kAheadOfStrip = 512;
 constexpr int64_t kLong = 1024;
 
 template <class T>
-SGDR_HD void prefetch_for_strip(const T* strip) {
+SGDR_INLINE void prefetch_for_strip(const T* strip) {
   const char* const begin = reinterpret_cast<const char*>(strip + kAheadOfStrip);
   for (int64_t byte = 0; byte < kStrip * static_cast<int64_t>(sizeof(T)); byte += 64)
     __builtin_prefetch(begin + byte, 1);
@@ -30,7 +31,7 @@ SGDR_HD void prefetch_for_strip(const T* strip) {
 // Calls body(i) for all i < numel, and prefetch(i) at each strip of a long stretch. No body reads
 // what another one writes.
 template <class Prefetch, class Body>
-SGDR_HD void for_each_element(int64_t numel, Prefetch prefetch, Body body) {
+SGDR_INLINE void for_each_element(int64_t numel, Prefetch prefetch, Body body) {
   int64_t done = 0;
   if (numel >= kLong) {
     for (; done + kStrip <= numel; done += kStrip) {
@@ -44,9 +45,9 @@ SGDR_HD void for_each_element(int64_t numel, Prefetch prefetch, Body body) {
 }
 
 template <class Options, class T>
-SGDR_HD void update_elements(T* __restrict__ param, const T* __restrict__ grad,
-                             T* __restrict__ momentum_buffer, int64_t numel,
-                             UpdateScalars<T> scalars) {
+SGDR_INLINE void update_elements(T* __restrict__ param, const T* __restrict__ grad,
+                                 T* __restrict__ momentum_buffer, int64_t numel,
+                                 UpdateScalars<T> scalars) {
   constexpr bool kHasMomentum = Options::direction != Direction::kGrad;
   const auto prefetch = [=](int64_t i) __attribute__((always_inline)) {
     prefetch_for_strip(param + i);
@@ -63,8 +64,8 @@ SGDR_HD void update_elements(T* __restrict__ param, const T* __restrict__ grad,
 }
 
 template <class T>
-SGDR_HD void update_ema_elements(T* __restrict__ ema, const T* __restrict__ param, int64_t numel,
-                                 EmaScalars<T> scalars) {
+SGDR_INLINE void update_ema_elements(T* __restrict__ ema, const T* __restrict__ param,
+                                     int64_t numel, EmaScalars<T> scalars) {
   for_each_element(
       numel, [=](int64_t i) __attribute__((always_inline)) { prefetch_for_strip(ema + i); },
       [&](int64_t i)
@@ -72,12 +73,13 @@ SGDR_HD void update_ema_elements(T* __restrict__ ema, const T* __restrict__ para
 }
 
 template <class From, class To>
-SGDR_HD void convert_elements(const From* __restrict__ from, To* __restrict__ to, int64_t numel) {
+SGDR_INLINE void convert_elements(const From* __restrict__ from, To* __restrict__ to,
+                                  int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) to[i] = static_cast<To>(from[i]);
 }
 
 // The bits of a draw's elements.
-SGDR_HD void spread_bits(const uint32_t (&words)[4], uint16_t* __restrict__ bits) {
+SGDR_INLINE void spread_bits(const uint32_t (&words)[4], uint16_t* __restrict__ bits) {
   // The halves of bits_of_element() as a copy, which is one instruction.
   static_assert(std::endian::native == std::endian::little);
   uint16_t halves[8];
@@ -92,8 +94,8 @@ constexpr int64_t kDraws = 16;
 constexpr int64_t kDrawsNumel = kDraws * kDrawNumel;
 
 // Of the elements from `begin` on, which begins a draw; see Note [Random bits].
-SGDR_HD void draw_bits(uint16_t* __restrict__ bits, const RandomKey& key, Rounded rounded,
-                       int64_t begin) {
+SGDR_INLINE void draw_bits(uint16_t* __restrict__ bits, const RandomKey& key, Rounded rounded,
+                           int64_t begin) {
   // Round by round for all draws, which the compiler turns into vectors.
   uint32_t words[4][kDraws];
   for (int64_t i = 0; i < kDraws; ++i)
@@ -112,8 +114,9 @@ SGDR_HD void draw_bits(uint16_t* __restrict__ bits, const RandomKey& key, Rounde
 }
 
 template <class T, class To>
-SGDR_HD void round_elements(const T* __restrict__ from, uint16_t* __restrict__ to, int64_t numel,
-                            const RandomKey& key, Rounded rounded, int64_t begin) {
+SGDR_INLINE void round_elements(const T* __restrict__ from, uint16_t* __restrict__ to,
+                                int64_t numel, const RandomKey& key, Rounded rounded,
+                                int64_t begin) {
   uint16_t bits[kDrawsNumel];
   for (int64_t done = 0; done < numel; done += kDrawsNumel) {
     draw_bits(bits, key, rounded, begin + done);
@@ -130,10 +133,10 @@ SGDR_HD void round_elements(const T* __restrict__ from, uint16_t* __restrict__ t
 // which by blocks would take half as long again. Each draw is made while the strip before it is
 // updated, so that neither waits for the other.
 template <class Options>
-SGDR_HD void update_elements_rounding(float* __restrict__ param, const float* __restrict__ grad,
-                                      uint16_t* __restrict__ momentum_buffer, int64_t numel,
-                                      const UpdateScalars<float>& scalars, const RandomKey& key,
-                                      int64_t begin) {
+SGDR_INLINE void update_elements_rounding(float* __restrict__ param, const float* __restrict__ grad,
+                                          uint16_t* __restrict__ momentum_buffer, int64_t numel,
+                                          const UpdateScalars<float>& scalars, const RandomKey& key,
+                                          int64_t begin) {
   uint32_t words[2][4];
   int64_t index = begin / kDrawNumel;
   draw(key, Rounded::kMomentumBuffer, index, words[index % 2]);
@@ -164,8 +167,8 @@ SGDR_HD void update_elements_rounding(float* __restrict__ param, const float* __
 
 // Adds a stretch to the lanes that begins with the first one.
 template <class Stored>
-SGDR_HD void add_squares(double* __restrict__ lanes, const Stored* __restrict__ values,
-                         int64_t numel) {
+SGDR_INLINE void add_squares(double* __restrict__ lanes, const Stored* __restrict__ values,
+                             int64_t numel) {
   int64_t row = 0;
   for (; row + kNormLanes <= numel; row += kNormLanes) {
     if (numel >= kLong) {
@@ -180,7 +183,7 @@ SGDR_HD void add_squares(double* __restrict__ lanes, const Stored* __restrict__ 
 }
 
 // Of lanes of which only the first `used` can be other than 0.
-SGDR_HD double fold_lanes(double* lanes, int64_t used) {
+SGDR_INLINE double fold_lanes(double* lanes, int64_t used) {
   for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
     if (half >= used) continue;
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
@@ -193,7 +196,7 @@ using EightLanes [[gnu::vector_size(64)]] = double;
 // Of at most kLanes elements, whose lanes then are registers: as the loops above, and in a quarter
 // of the time.
 template <int64_t kLanes, class Stored>
-SGDR_HD double sum_of_few_squares(const Stored* values, int64_t numel) {
+SGDR_INLINE double sum_of_few_squares(const Stored* values, int64_t numel) {
   EightLanes lanes[kLanes / 8];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes / 8; ++i) {
@@ -217,7 +220,7 @@ SGDR_HD double sum_of_few_squares(const Stored* values, int64_t numel) {
 }
 
 template <class Stored>
-SGDR_HD double sum_of_squares_of_elements(const Stored* values, int64_t numel) {
+SGDR_INLINE double sum_of_squares_of_elements(const Stored* values, int64_t numel) {
   if (numel <= 8) return sum_of_few_squares<8>(values, numel);
   if (numel <= 16) return sum_of_few_squares<16>(values, numel);
   if (numel <= 32) return sum_of_few_squares<32>(values, numel);
@@ -287,9 +290,9 @@ auto with_update_options(const GroupStep& group, F f) {
   return static_switch<kNone, kMultiply, kDivideAndMultiply>(
       grad_scale_of(group.scalars), [&](auto scale) {
         return static_switch<WeightDecay::kL2, WeightDecay::kDecoupled>(
-            group.weight_decay, [&](auto decay) {
+            group.options->decay, [&](auto decay) {
               return static_switch<kGrad, kMomentumBuffer, kNesterov>(
-                  group.direction,
+                  group.options->direction,
                   [&](auto direction) { return f(UpdateOptions<scale, decay, direction>{}); });
             });
       });

@@ -2,11 +2,10 @@
 
 #include "fused_step.cuh"
 #include "gpu.h"
-#include "launcher.h"
 
-namespace sgdr {
+namespace sgdr::cuda {
 
-void fused_step_cuda(int8_t gpu, const CudaStep& step) {
+void fused_step(int8_t gpu, const Step& step) {
   const CurrentGpu current(gpu);
   LaunchArgs args;
   args.grad_scale = step.grad_scale;
@@ -22,11 +21,11 @@ void fused_step_cuda(int8_t gpu, const CudaStep& step) {
         filled);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  for_each_launch(args, step.groups, step.tensors, step.param_indices, launch);
+  for_each_launch(args, step.groups, step.tensors, launch);
 }
 
 bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-}  // namespace sgdr
+}  // namespace sgdr::cuda

@@ -41,28 +41,23 @@ __device__ __forceinline__ void write_grad_norm(const LaunchArgs& args) {
 
 // Whether the group's parameters are averaged in this step.
 __device__ __forceinline__ bool averages(const LaunchGroup& group) {
-  return group.averaging == Averaging::kExponential ||
-         (group.averaging == Averaging::kEqual &&
-          ends_cycle(group.schedule, group.state->position));
+  return group.options.averaging == Averaging::kExponential ||
+         (group.options.averaging == Averaging::kEqual &&
+          ends_cycle(group.options.schedule, group.state->position));
 }
 
 __device__ __forceinline__ double ema_decay(const LaunchGroup& group, const ParamState& param) {
   if (param.ema_is_empty) return 0;
-  return group.averaging == Averaging::kEqual ? decay_of_equal_average(param.n_averaged)
-                                              : group.ema_decay;
+  return group.options.averaging == Averaging::kEqual ? decay_of_equal_average(param.n_averaged)
+                                                      : group.options.ema_decay;
 }
 
 __device__ __forceinline__ GroupScalars group_scalars(const LaunchArgs& args,
                                                       const LaunchGroup& group) {
-  const double coefficient = coefficient_of_grads(args);
-  return {.lr = group.lr_source == LrSource::kState
-                    ? group.state->lr
-                    : learning_rate(group.schedule, group.state->position),
-          .momentum = group.momentum,
-          .dampening = group.dampening,
-          .weight_decay = group.weight_decay,
-          .grad_divisor = grad_scale(args),
-          .grad_multiplier = group.maximize ? -coefficient : coefficient};
+  const double lr = group.lr_source == LrSource::kState
+                        ? group.state->lr
+                        : learning_rate(group.options.schedule, group.state->position);
+  return scalars_of(group.options, lr, grad_scale(args), coefficient_of_grads(args));
 }
 
 template <ElementTypes types>
@@ -80,7 +75,7 @@ __device__ __forceinline__ Chunk<types> chunk_of(const LaunchTensor& tensor,
       .momentum_buffer = {at(tensor.momentum_buffer, momentum_buffer), momentum_buffer},
       .numel = min(tensor.numel - begin, kChunkNumel),
       .momentum_is_empty =
-          group.has_momentum() && group.params[tensor.param_index].momentum_is_empty != 0,
+          group.options.has_momentum() && group.params[tensor.param_index].momentum_is_empty != 0,
   };
 }
 
@@ -100,9 +95,9 @@ __device__ __forceinline__ ChunkWithExtras<types, T> with_extras(
                                  tensor.low_precision_type};
     chunk.master_is_empty = state.master_is_empty != 0;
   }
-  chunk.rounds_param = group.rounds_param && is_narrow(tensor.param_type);
-  chunk.rounds_momentum =
-      group.rounds_momentum && group.has_momentum() && is_narrow(tensor.momentum_type);
+  chunk.rounds_param = group.options.rounds_param && is_narrow(tensor.param_type);
+  chunk.rounds_momentum = group.options.rounds_momentum && group.options.has_momentum() &&
+                          is_narrow(tensor.momentum_type);
   chunk.draws = &draws;
   return chunk;
 }
@@ -133,9 +128,9 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
     }
 
     const uint32_t begin = (index - tensor.first_chunk) * kChunkNumel;
-    if (kHasExtras && (group.rounds_param || group.rounds_momentum)) {
+    if (kHasExtras && (group.options.rounds_param || group.options.rounds_momentum)) {
       __syncthreads();  // likewise
-      const RandomKey key = {group.seed, static_cast<uint32_t>(group.state->position.step),
+      const RandomKey key = {group.options.seed, static_cast<uint32_t>(group.state->position.step),
                              group.first_param + tensor.param_index};
       draws.fill(key, (int64_t{tensor.piece} * kMaxPieceNumel + begin) / kDrawNumel);
       __syncthreads();
@@ -145,10 +140,11 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
                             const UpdateScalars<T>& of_group) {
       const Chunk<types> chunk = chunk_of<types>(tensor, group, begin);
       if constexpr (kHasExtras)
-        update_chunk(group, with_extras<T>(chunk, tensor, args.extras(place), group, begin, draws),
+        update_chunk(group.options,
+                     with_extras<T>(chunk, tensor, args.extras(place), group, begin, draws),
                      of_group);
       else
-        update_chunk(group, chunk, of_group);
+        update_chunk(group.options, chunk, of_group);
     };
     with_types({tensor.param_type, tensor.grad_type, tensor.momentum_type}, [&](auto types) {
       constexpr ElementTypes kTypes = decltype(types)::value;
@@ -176,12 +172,12 @@ __device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
   if (!tensor.completes_param) return;
   const LaunchGroup& group = args.group(tensor.group);
   ParamState& state = group.params[tensor.param_index];
-  if (group.has_momentum()) state.momentum_is_empty = 0;
+  if (group.options.has_momentum()) state.momentum_is_empty = 0;
   if constexpr (kHasExtras) {
     // By type and group: a tensor without elements has no addresses.
     if (tensor.low_precision_type != ElementType::kNone) state.master_is_empty = 0;
     if (!averages(group)) return;
-    if (group.averaging == Averaging::kEqual)
+    if (group.options.averaging == Averaging::kEqual)
       state.n_averaged = state.ema_is_empty ? 1 : state.n_averaged + 1;
     state.ema_is_empty = 0;
   }
@@ -189,10 +185,10 @@ __device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
 
 __device__ __forceinline__ void advance_group(const LaunchGroup& group) {
   Position position = group.state->position;
-  advance(group.schedule, position);
+  advance(group.options.schedule, position);
   group.state->position = position;
-  group.state->lr = learning_rate(group.schedule, position);
-  if (!group.reset_momentum || !at_restart(group.schedule, position)) return;
+  group.state->lr = learning_rate(group.options.schedule, position);
+  if (!group.options.reset_momentum || !at_restart(group.options.schedule, position)) return;
   for (uint32_t i = 0; i < group.param_count; ++i) group.params[i].momentum_is_empty = 1;
 }
 
@@ -213,7 +209,7 @@ __device__ __forceinline__ void skip_step(const LaunchArgs& args) {
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
     const LaunchGroup& group = args.group(i);
     if (group.lr_source == LrSource::kSchedule)
-      group.state->lr = learning_rate(group.schedule, group.state->position);
+      group.state->lr = learning_rate(group.options.schedule, group.state->position);
     if (group.advances) ++group.state->skipped_steps;
   }
 }

@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <span>
 
-#include "../sgdr_math.h"
-#include "../tensor_list.h"
 #include "launch.h"
 
 namespace sgdr {

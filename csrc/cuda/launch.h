@@ -8,8 +8,8 @@
 #include <new>
 #include <span>
 
-#include "../sgdr_math.h"
-#include "../tensor_list.h"
+#include "../backend.h"
+#include "../random_rounding.h"
 
 namespace sgdr {
 
@@ -32,54 +32,6 @@ constexpr size_t kMaxArgsEnd = 0x8000;
 constexpr size_t kMaxArgsBegin = 0x1a80;
 constexpr size_t kMaxArgsBytes = kMaxArgsEnd - kMaxArgsBegin;
 static_assert(kMaxArgsBytes <= 32764);  // what CUDA allows, since 12.1
-
-// In device memory: what param_group["step"], ["cycle"], ["T_cur"], ["T_i"], ["lr"] and
-// ["skipped_steps"] show.
-struct GroupState {
-  Position position;
-  double lr;
-  int64_t skipped_steps;
-};
-
-// In device memory, after the GroupState, for each parameter of the group.
-struct ParamState {
-  uint8_t momentum_is_empty;  // the momentum buffer holds nothing yet; likewise the next two
-  uint8_t ema_is_empty;
-  uint8_t master_is_empty;
-  uint8_t unused;
-  uint32_t n_averaged;  // weights in an equal average
-};
-static_assert(sizeof(GroupState) == 48 && sizeof(ParamState) == 8);
-
-// kSchedule: an option of the schedule has changed since `GroupState::lr` was computed.
-enum class LrSource : uint8_t { kState, kSchedule };
-
-// kEqual: of the weights at the ends of cycles.
-enum class Averaging : uint8_t { kNone, kExponential, kEqual };
-
-struct LaunchGroup {
-  Schedule schedule;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  double ema_decay;
-  uint64_t seed;
-  GroupState* state;
-  ParamState* params;
-  uint32_t param_count;  // of the whole group, with and without a gradient
-  uint32_t first_param;  // its first parameter's place among those of all groups
-  WeightDecay decay;
-  Direction direction;
-  LrSource lr_source;
-  Averaging averaging;
-  bool maximize : 1;
-  bool reset_momentum : 1;
-  bool rounds_param : 1;     // stochastically, where the type is narrower than the arithmetic's
-  bool rounds_momentum : 1;  // likewise
-  bool advances;  // for_each_launch() leaves it to the launch with the last of its tensors
-
-  SGDR_HD bool has_momentum() const { return direction != Direction::kGrad; }
-};
 
 // A parameter, or a piece of one that has more than kMaxPieceNumel elements.
 struct LaunchTensor {
@@ -104,7 +56,7 @@ struct LaunchExtras {
   void* low_precision_param;  // of which LaunchTensor::param is the master copy, or null
 };
 static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 16 &&
-              sizeof(LaunchGroup) == 144);
+              sizeof(LaunchGroup) == 152);
 
 // Travels by value, as the kernel's one argument. The tensors, each with its extras if there are
 // any, lie at the beginning of the payload, the groups from its end backwards, for as many of both
@@ -112,7 +64,7 @@ static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 16 &&
 struct LaunchArgs {
   const float* grad_scale;       // device memory, or null
   const float* found_inf;        // device memory, or null; not 0: the step is skipped
-  const double* sum_of_squares;  // device memory, or null: see CudaStep, likewise the next three
+  const double* sum_of_squares;  // device memory, or null: see cuda::Step, likewise the next three
   double* grad_norm;
   double max_grad_norm;
   bool skip_nonfinite;
@@ -121,7 +73,7 @@ struct LaunchArgs {
   uint32_t tensor_count;
   uint32_t group_count;
   uint32_t chunk_count;
-  alignas(8) unsigned char payload[25768];
+  alignas(8) unsigned char payload[25760];
 
   SGDR_HD size_t tensor_bytes() const {
     return sizeof(LaunchTensor) + (has_extras ? sizeof(LaunchExtras) : 0);
@@ -165,8 +117,8 @@ class LaunchFiller {
   // The group's tensors are all there.
   void complete_group(bool advances) { last_group_->advances = advances; }
 
-  // Of the group that was added last: elements [begin, begin + numel).
-  void add_piece(const TensorEntry& entry, uint32_t param_index, int64_t begin, int64_t numel) {
+  // Adds elements [begin, begin + numel) of an entry of the group that was added last.
+  void add_piece(const TensorEntry& entry, int64_t begin, int64_t numel) {
     const auto at = [begin](const void* memory, ElementType type) -> const void* {
       const int64_t bytes = begin * static_cast<int64_t>(element_size(type));
       return memory == nullptr ? nullptr : static_cast<const char*>(memory) + bytes;
@@ -178,13 +130,12 @@ class LaunchFiller {
     tensor.momentum_buffer = const_cast<void*>(at(entry.momentum_buffer, entry.momentum_type));
     tensor.numel = static_cast<uint32_t>(numel);
     tensor.first_chunk = args_.chunk_count;
-    tensor.param_index = param_index;
+    tensor.param_index = entry.param_index - last_group_->first_param;
     tensor.group = static_cast<uint8_t>(args_.group_count - 1);
     tensor.piece = static_cast<uint8_t>(begin / kMaxPieceNumel);
     tensor.param_type = entry.param_type;
     tensor.grad_type = entry.grad_type;
-    tensor.momentum_type =
-        entry.momentum_buffer == nullptr ? entry.param_type : entry.momentum_type;
+    tensor.momentum_type = entry.momentum_type;
     tensor.low_precision_type = entry.low_precision_type;
     tensor.completes_param = begin + numel == entry.numel;
     if (args_.has_extras) {
@@ -206,7 +157,8 @@ class LaunchFiller {
 inline bool needs_extras(std::span<const LaunchGroup> groups,
                          std::span<const TensorEntry> tensors) {
   const auto of_group = [](const LaunchGroup& group) {
-    return group.averaging != Averaging::kNone || group.rounds_param || group.rounds_momentum;
+    return group.options.averaging != Averaging::kNone || group.options.rounds_param ||
+           group.options.rounds_momentum;
   };
   const auto of_tensor = [](const TensorEntry& entry) {
     return entry.low_precision_type != ElementType::kNone;
@@ -216,12 +168,10 @@ inline bool needs_extras(std::span<const LaunchGroup> groups,
 }
 
 // Calls launch(args) as often as a step of all groups takes, with `args` filled anew each time. The
-// tensors come in the order of their groups; param_indices[i] is the place of tensors[i] in its
-// group.
+// tensors come in the order of their groups.
 template <class Launch>
 void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
-                     std::span<const TensorEntry> tensors, std::span<const uint32_t> param_indices,
-                     Launch launch) {
+                     std::span<const TensorEntry> tensors, Launch launch) {
   args.has_extras = needs_extras(groups, tensors);
   LaunchFiller filler(args);
   size_t next = 0;
@@ -241,7 +191,7 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
           filler.add_group(groups[i]);
         }
         const int64_t numel = std::min<int64_t>(entry.numel - begin, kMaxPieceNumel);
-        filler.add_piece(entry, param_indices[next], begin, numel);
+        filler.add_piece(entry, begin, numel);
         begin += numel;
       } while (begin < entry.numel);
     }

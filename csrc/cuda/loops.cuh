@@ -57,15 +57,15 @@ struct Chunk {
 // Calls f with the UpdateOptions. Where nothing is scaled by one factor, nor is it by two: x / 1
 // and x * 1 are x.
 template <class T, class F>
-__device__ __forceinline__ void with_options(const LaunchGroup& group,
+__device__ __forceinline__ void with_options(const GroupOptions& options,
                                              const UpdateScalars<T>& scalars, F f) {
   const GradScale scale = scalars.grad_divisor != 1 || scalars.grad_multiplier != 1
                               ? GradScale::kDivideAndMultiply
                               : GradScale::kNone;
   static_switch<GradScale::kNone, GradScale::kDivideAndMultiply>(scale, [&](auto grad_scale) {
-    static_switch<WeightDecay::kL2, WeightDecay::kDecoupled>(group.decay, [&](auto decay) {
+    static_switch<WeightDecay::kL2, WeightDecay::kDecoupled>(options.decay, [&](auto decay) {
       static_switch<Direction::kGrad, Direction::kMomentumBuffer, Direction::kNesterov>(
-          group.direction,
+          options.direction,
           [&](auto direction) { f(UpdateOptions<grad_scale, decay, direction>{}); });
     });
   });
@@ -93,12 +93,12 @@ __device__ __forceinline__ void load_momentum(const Chunk<types>& chunk, uint32_
   if (!chunk.momentum_is_empty) chunk.momentum_buffer.load(index, momentum_buffer);
 }
 
-// See Note [Fewer loops].
+// The first step finds -0 in the momentum buffer: see kEmptyMomentum.
 template <ElementTypes types, class T>
-__device__ __forceinline__ void update_chunk(const LaunchGroup& group, const Chunk<types>& chunk,
+__device__ __forceinline__ void update_chunk(const GroupOptions& options, const Chunk<types>& chunk,
                                              UpdateScalars<T> scalars) {
   if (chunk.momentum_is_empty) scalars.one_minus_dampening = 1;
-  with_options(group, scalars, [&]<class Options>(Options) {
+  with_options(options, scalars, [&]<class Options>(Options) {
     constexpr bool kHasMomentum = Options::direction != Direction::kGrad;
     constexpr uint32_t kWidth = vector_width(types);
     for_each_pack<kWidth>(chunk.numel, chunk.is_aligned(), [&](auto width, uint32_t index) {

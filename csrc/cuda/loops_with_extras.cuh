@@ -82,7 +82,7 @@ template <ElementType kType>
 constexpr bool kIsNarrow = kType == ElementType::kNone || element_size(kType) == 2;
 
 template <ElementTypes types, class T>
-__device__ __forceinline__ void update_chunk(const LaunchGroup& group,
+__device__ __forceinline__ void update_chunk(const GroupOptions& options,
                                              const ChunkWithExtras<types, T>& chunk,
                                              UpdateScalars<T> scalars) {
   constexpr bool kMayBeMaster =
@@ -101,9 +101,9 @@ __device__ __forceinline__ void update_chunk(const LaunchGroup& group,
       chunk.param.load(index, param);
     }
     chunk.grad.load(index, grad);
-    if (group.has_momentum()) load_momentum<types>(chunk, index, momentum_buffer);
+    if (options.has_momentum()) load_momentum<types>(chunk, index, momentum_buffer);
     if (averages && chunk.ema_scalars.decay != 0) chunk.ema.load(index, ema);
-    with_options(group, scalars, [&]<class Options>(Options) {
+    with_options(options, scalars, [&]<class Options>(Options) {
       for (uint32_t i = 0; i < width; ++i)
         sgd_update<Options>(param[i], grad[i], momentum_buffer[i], scalars);
     });
@@ -120,7 +120,7 @@ __device__ __forceinline__ void update_chunk(const LaunchGroup& group,
     if (kIsNarrow<types.momentum_buffer> && chunk.rounds_momentum) {
       store_rounded(chunk.momentum_buffer, index, momentum_buffer, *chunk.draws,
                     Rounded::kMomentumBuffer);
-    } else if (group.has_momentum()) {
+    } else if (options.has_momentum()) {
       chunk.momentum_buffer.store(index, momentum_buffer);
     }
     if (is_master) {

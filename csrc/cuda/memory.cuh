@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "../static_switch.h"
-#include "../tensor_list.h"
+#include "../step_types.h"
 
 namespace sgdr {
 namespace cuda {

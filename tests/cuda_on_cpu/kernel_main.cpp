@@ -83,18 +83,19 @@ struct Tensor {
     };
     const bool has_master = types[kMaster] != ElementType::kNone;
     const Role trained = has_master ? kMaster : kParam;
-    return {.param = memory[trained].begin(),
-            .grad = memory[kGrad].begin(),
-            .momentum_buffer = at(kMomentumBuffer, of_group.has_momentum()),
-            .ema = at(kEma, of_group.averaging != Averaging::kNone),
-            .low_precision_param = at(kParam, has_master),
-            .numel = numel,
-            .group = group,
-            .param_type = types[trained],
-            .grad_type = types[kGrad],
-            .momentum_type = types[kMomentumBuffer],
-            .low_precision_type = has_master ? types[kParam] : ElementType::kNone,
-            .first_step = false};
+    return {
+        .param = memory[trained].begin(),
+        .grad = memory[kGrad].begin(),
+        .momentum_buffer = at(kMomentumBuffer, of_group.options.has_momentum()),
+        .ema = at(kEma, of_group.options.averaging != Averaging::kNone),
+        .low_precision_param = at(kParam, has_master),
+        .numel = numel,
+        .group = group,
+        .param_index = of_group.first_param + param_index,
+        .param_type = types[trained],
+        .grad_type = types[kGrad],
+        .momentum_type = of_group.options.has_momentum() ? types[kMomentumBuffer] : types[trained],
+        .low_precision_type = has_master ? types[kParam] : ElementType::kNone};
   }
 };
 
@@ -116,20 +117,21 @@ Tensor read_tensor(Reader& in) {
 
 LaunchGroup read_group(Reader& in) {
   LaunchGroup group{};
-  in.bytes(&group.schedule, sizeof group.schedule);
-  group.momentum = in.get<double>();
-  group.dampening = in.get<double>();
-  group.weight_decay = in.get<double>();
-  group.ema_decay = in.get<double>();
-  group.seed = in.get<uint64_t>();
-  group.decay = in.get<WeightDecay>();
-  group.direction = in.get<Direction>();
+  GroupOptions& options = group.options;
+  in.bytes(&options.schedule, sizeof options.schedule);
+  options.momentum = in.get<double>();
+  options.dampening = in.get<double>();
+  options.weight_decay = in.get<double>();
+  options.ema_decay = in.get<double>();
+  options.seed = in.get<uint64_t>();
+  options.decay = in.get<WeightDecay>();
+  options.direction = in.get<Direction>();
   group.lr_source = in.get<LrSource>();
-  group.averaging = in.get<Averaging>();
-  group.maximize = in.flag();
-  group.reset_momentum = in.flag();
-  group.rounds_param = in.flag();
-  group.rounds_momentum = in.flag();
+  options.averaging = in.get<Averaging>();
+  options.maximize = in.flag();
+  options.reset_momentum = in.flag();
+  options.rounds_param = in.flag();
+  options.rounds_momentum = in.flag();
   return group;
 }
 
@@ -173,19 +175,17 @@ void run(Reader& in, std::ostream& out) {
       if (const bool is_set = in.flag(); is_set) states[i].lr = in.get<double>();
     }
     std::vector<TensorEntry> entries;
-    std::vector<uint32_t> param_indices;
     for (const Tensor& tensor : tensors) {
       if (!in.flag()) continue;
       const DeviceMemory& grad = tensor.memory[Tensor::kGrad];
       in.bytes(grad.begin(), grad.bytes());
       entries.push_back(tensor.entry(groups[tensor.group]));
-      param_indices.push_back(tensor.param_index);
     }
 
     uint32_t norm_launches = 0, launches = 0;
     const DeviceMemory sum_of_squares(sizeof(double), 0), grad_norm(sizeof(double), 0);
     if (needs_norm) {
-      const auto chunks = static_cast<size_t>(count_chunks(entries, kNormChunk));
+      const auto chunks = static_cast<size_t>(count_ranges(entries, kNormChunk));
       const DeviceMemory chunk_sums(chunks * sizeof(double), 8);
       NormArgs args;
       args.chunk_sums = reinterpret_cast<double*>(chunk_sums.begin());
@@ -205,7 +205,7 @@ void run(Reader& in, std::ostream& out) {
     args.max_grad_norm = max_grad_norm;
     args.skip_nonfinite = skip_nonfinite;
     args.ticket = &ticket;
-    for_each_launch(args, groups, entries, param_indices, [&](const LaunchArgs& filled) {
+    for_each_launch(args, groups, entries, [&](const LaunchArgs& filled) {
       ++launches;
       const auto kernel = filled.has_extras ? &fused_step_kernel<true> : &fused_step_kernel<false>;
       shim::launch(kernel, block_count(filled, multiprocessors), threads, 0, filled);

@@ -1,25 +1,20 @@
 // torch.ops.sgdr_fused.fused_step_: the step of one param group with nothing hidden, for graphs of
-// torch.compile. What moves from step to step is in group_state, so that the graph stays the same.
+// torch.compile. What changes from step to step is in group_state, so that the graph stays the
+// same.
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <vector>
 
-#include "cuda/launcher.h"
-#include "fused_step.h"
-#include "tensor_kinds.h"
+#include "../backend.h"
+#include "flattener.h"
+#include "internals.h"
 
 namespace sgdr {
 namespace {
 
-struct GroupOptions {
-  Schedule schedule;
-  double momentum, dampening, weight_decay;
-  bool nesterov, maximize, decoupled_weight_decay, reset_momentum;
-};
-
-// The memory of a GroupState, its ticket, and a ParamState for each parameter of the group.
+// A group_state: the group's GroupMemory, then a ParamState for each of its parameters.
 struct GroupView {
   GroupMemory* memory;
   ParamState* params;
@@ -60,8 +55,8 @@ void check(at::TensorList params, at::TensorList grads, at::TensorList momentum_
       TORCH_CHECK_VALUE(tensor.sizes() == param.sizes() && tensor.device() == param.device(), name,
                         "[", i, "] is of shape ", tensor.sizes(), " on ", tensor.device(),
                         ", but params[", i, "] of shape ", param.sizes(), " on ", param.device());
-      TORCH_CHECK_TYPE(element_type(*tensor.unsafeGetTensorImpl()) != ElementType::kNone, name, "[",
-                       i, "] has dtype ", tensor.scalar_type(),
+      TORCH_CHECK_TYPE(element_type(tensor) != ElementType::kNone, name, "[", i, "] has dtype ",
+                       tensor.scalar_type(),
                        "; fused_step_ takes float64, float32, float16 and bfloat16");
     };
     check_fits("params", param);
@@ -70,83 +65,30 @@ void check(at::TensorList params, at::TensorList grads, at::TensorList momentum_
   }
 }
 
-// The tensors in the order of the parameter's memory; those that lie otherwise as copies.
-class Entries {
- public:
-  std::vector<TensorEntry> entries;
-  int64_t numel = 0;
-
-  void add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& momentum_buffer) {
-    const at::Tensor flat_param = laid_out(param, param, true);
-    const at::Tensor flat_grad = laid_out(grad, flat_param, false);
-    const at::Tensor flat_buffer =
-        momentum_buffer.defined() ? laid_out(momentum_buffer, flat_param, true) : at::Tensor();
-    const auto type = [](const at::Tensor& t) { return element_type(*t.unsafeGetTensorImpl()); };
-    entries.push_back(
-        {.param = flat_param.mutable_data_ptr(),
-         .grad = flat_grad.const_data_ptr(),
-         .momentum_buffer = flat_buffer.defined() ? flat_buffer.mutable_data_ptr() : nullptr,
-         .numel = flat_param.numel(),
-         .group = 0,
-         .param_type = type(flat_param),
-         .grad_type = type(flat_grad),
-         .momentum_type = flat_buffer.defined() ? type(flat_buffer) : type(flat_param),
-         .first_step = false});
-    numel += flat_param.numel();
-  }
-
-  void copy_back() const {
-    for (const auto& [tensor, copy] : copies_) tensor.copy_(copy);
-  }
-
- private:
-  at::Tensor laid_out(const at::Tensor& tensor, const at::Tensor& other, bool is_written) {
-    if (Layout(*other.unsafeGetTensorImpl()).is_of(*tensor.unsafeGetTensorImpl())) {
-      kept_alive_.push_back(tensor);
-      return tensor;
-    }
-    const at::Tensor copy = copy_in_layout_of(tensor, other);
-    if (is_written) copies_.emplace_back(tensor, copy);
-    kept_alive_.push_back(copy);
-    return copy;
-  }
-
-  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
-  std::vector<at::Tensor> kept_alive_;
+// A GradScaler's two tensors.
+struct Amp {
+  const std::optional<at::Tensor>& grad_scale;
+  const std::optional<at::Tensor>& found_inf;
 };
 
-Entries entries_of(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers) {
-  Entries entries;
-  for (size_t i = 0; i < params.size(); ++i)
-    entries.add(params[i], grads[i], momentum_buffers.empty() ? at::Tensor() : momentum_buffers[i]);
-  return entries;
-}
-
-void step_on_cpu(Entries& entries, const at::Tensor& group_state, at::IntArrayRef param_indices,
-                 const std::optional<at::Tensor>& grad_scale,
-                 const std::optional<at::Tensor>& found_inf, const GroupOptions& options) {
-  const GroupView group(group_state);
+void step_on_cpu(std::vector<TensorEntry>& entries, const GroupView& group,
+                 const GroupOptions& options, const Amp& amp) {
   GroupState& state = group.memory->state;
-  if (found_inf.has_value() && found_inf->item<double>() != 0) {
+  if (amp.found_inf.has_value() && amp.found_inf->item<double>() != 0) {
     ++state.skipped_steps;
     return;
   }
-  const bool has_momentum = options.momentum != 0;
-  for (size_t i = 0; i < entries.entries.size(); ++i)
-    entries.entries[i].first_step =
-        has_momentum && group.params[param_indices[i]].momentum_is_empty != 0;
-  const GroupStep step{
-      .scalars = {.lr = state.lr,
-                  .momentum = options.momentum,
-                  .dampening = options.dampening,
-                  .weight_decay = options.weight_decay,
-                  .grad_divisor = grad_scale.has_value() ? grad_scale->item<double>() : 1,
-                  .grad_multiplier = options.maximize ? -1.0 : 1.0},
-      .weight_decay = kind_of_decay(options.weight_decay, options.decoupled_weight_decay),
-      .direction = direction_of(options.momentum, options.nesterov)};
-  fused_step_cpu({.tensors = entries.entries, .groups = {&step, 1}, .numel = entries.numel});
-  if (has_momentum) {
-    for (const int64_t index : param_indices) group.params[index].momentum_is_empty = 0;
+  for (TensorEntry& entry : entries)
+    entry.first_step =
+        options.has_momentum() && group.params[entry.param_index].momentum_is_empty != 0;
+  const double grad_scale = amp.grad_scale.has_value() ? amp.grad_scale->item<double>() : 1;
+  const GroupStep step{.options = &options,
+                       .scalars = scalars_of(options, state.lr, grad_scale, 1),
+                       .step = state.position.step};
+  cpu::fused_step({.tensors = entries, .groups = {&step, 1}});
+
+  if (options.has_momentum()) {
+    for (const TensorEntry& entry : entries) group.params[entry.param_index].momentum_is_empty = 0;
   }
   advance(options.schedule, state.position);
   state.lr = learning_rate(options.schedule, state.position);
@@ -154,42 +96,25 @@ void step_on_cpu(Entries& entries, const at::Tensor& group_state, at::IntArrayRe
   for (int64_t i = 0; i < group.param_count; ++i) group.params[i].momentum_is_empty = 1;
 }
 
-void step_on_gpu(Entries& entries, const at::Tensor& group_state, at::IntArrayRef param_indices,
-                 const std::optional<at::Tensor>& grad_scale,
-                 const std::optional<at::Tensor>& found_inf, const GroupOptions& options) {
-  const GroupView view(group_state);
-  const LaunchGroup group{
-      .schedule = options.schedule,
-      .momentum = options.momentum,
-      .dampening = options.dampening,
-      .weight_decay = options.weight_decay,
-      .ema_decay = 0,
-      .seed = 0,
-      .state = &view.memory->state,
-      .params = view.params,
-      .param_count = static_cast<uint32_t>(view.param_count),
-      .first_param = 0,
-      .decay = kind_of_decay(options.weight_decay, options.decoupled_weight_decay),
-      .direction = direction_of(options.momentum, options.nesterov),
-      .lr_source = LrSource::kState,
-      .averaging = Averaging::kNone,
-      .maximize = options.maximize,
-      .reset_momentum = options.reset_momentum,
-      .rounds_param = false,
-      .rounds_momentum = false,
-      .advances = true};
-  const std::vector<uint32_t> indices(param_indices.begin(), param_indices.end());
+void step_on_gpu(const std::vector<TensorEntry>& entries, const GroupView& view,
+                 const GroupOptions& options, const Amp& amp, c10::Device device) {
+  const LaunchGroup group{.options = options,
+                          .state = &view.memory->state,
+                          .params = view.params,
+                          .param_count = static_cast<uint32_t>(view.param_count),
+                          .first_param = 0,
+                          .lr_source = LrSource::kState,
+                          .advances = true};
   const auto to_float = [&](const std::optional<at::Tensor>& value) {
-    return value.has_value() ? value->to(group_state.options().dtype(at::kFloat)) : at::Tensor();
+    return value.has_value() ? value->to(device, at::kFloat) : at::Tensor();
   };
-  const at::Tensor scale = to_float(grad_scale);
-  const at::Tensor inf = to_float(found_inf);
-  fused_step_cuda(group_state.device().index(),
-                  {.groups = {&group, 1},
-                   .tensors = entries.entries,
-                   .param_indices = indices,
-                   .grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-                   .found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr});
+  const at::Tensor scale = to_float(amp.grad_scale);
+  const at::Tensor inf = to_float(amp.found_inf);
+  cuda::fused_step(device.index(),
+                   {.tensors = entries,
+                    .groups = {&group, 1},
+                    .grad_scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+                    .found_inf = inf.defined() ? inf.const_data_ptr<float>() : nullptr});
 }
 
 void fused_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
@@ -214,14 +139,32 @@ void fused_step_(at::TensorList params, at::TensorList grads, at::TensorList mom
                              .momentum = momentum,
                              .dampening = dampening,
                              .weight_decay = weight_decay,
-                             .nesterov = nesterov,
+                             .decay = decay_of(weight_decay, decoupled_weight_decay),
+                             .direction = direction_of(momentum, nesterov),
                              .maximize = maximize,
-                             .decoupled_weight_decay = decoupled_weight_decay,
                              .reset_momentum = reset_momentum};
-  Entries entries = entries_of(params, grads, momentum_buffers);
-  const auto step = group_state.is_cuda() ? step_on_gpu : step_on_cpu;
-  step(entries, group_state, param_indices, grad_scale, found_inf, options);
-  entries.copy_back();
+
+  const bool is_on_gpu = group_state.is_cuda();
+  Flattener flattener(group_state.device(), is_on_gpu ? group_state.key_set() : plain_host_keys(),
+                      {});
+  std::vector<TensorEntry> entries(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    entries[i].param_index = static_cast<uint32_t>(param_indices[i]);
+    const at::Tensor* const buffer = momentum_buffers.empty() ? nullptr : &momentum_buffers[i];
+    TORCH_CHECK_TYPE(
+        flattener.flatten({.param = &params[i], .grad = &grads[i], .momentum_buffer = buffer},
+                          entries[i]),
+        "params[", i,
+        "], its grad or its momentum_buffer is no plain tensor: ", params[i].toString(), ", ",
+        grads[i].toString());
+  }
+  const GroupView group(group_state);
+  const Amp amp{grad_scale, found_inf};
+  if (is_on_gpu)
+    step_on_gpu(entries, group, options, amp, group_state.device());
+  else
+    step_on_cpu(entries, group, options, amp);
+  flattener.finish();
 }
 
 }  // namespace
@@ -242,5 +185,5 @@ TORCH_LIBRARY(sgdr_fused, library) {
 TORCH_LIBRARY_IMPL(sgdr_fused, CPU, library) { library.impl("fused_step_", &sgdr::fused_step_); }
 
 TORCH_LIBRARY_IMPL(sgdr_fused, CUDA, library) {
-  if constexpr (sgdr::kHasCuda) library.impl("fused_step_", &sgdr::fused_step_);
+  if constexpr (sgdr::cuda::kIsBuilt) library.impl("fused_step_", &sgdr::fused_step_);
 }

@@ -1,8 +1,10 @@
-// Reads of the Python dicts that a param group and a parameter's state are.
+// Reads the Python dicts of param groups and of the optimizer's state.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include <string>
 
 namespace sgdr {
 
@@ -50,39 +52,12 @@ SGDR_INTERNED(n_averaged)
 #undef SGDR_INTERNED
 }  // namespace names
 
-// Borrowed, or null where the dict has no such key.
+// Borrowed, or null if the dict has no such key.
 inline PyObject* find(PyObject* dict, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
-
-// Another number after each change of the dict; 0 where this Python does not tell.
-inline uint64_t version_of([[maybe_unused]] PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  return 0;
-#endif
-}
-
-// Finds keys that are expected to be a dict's first ones, in the order in which they are asked for:
-// without hashing them then. The dict may be null.
-class FirstItems {
- public:
-  explicit FirstItems(PyObject* dict) : dict_(dict) {}
-
-  PyObject* find(PyObject* key) {
-    if (dict_ == nullptr) return nullptr;
-    PyObject *next = nullptr, *value = nullptr;
-    if (PyDict_Next(dict_, &position_, &next, &value) && next == key) return value;
-    return sgdr::find(dict_, key);
-  }
-
- private:
-  PyObject* dict_;
-  Py_ssize_t position_ = 0;
-};
 
 inline py::handle get(PyObject* dict, PyObject* key) {
   PyObject* value = find(dict, key);
@@ -108,10 +83,14 @@ inline bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
-// A tensor in the state of a parameter; null where it has none.
+// A tensor in the state of a parameter, or null.
 inline const at::Tensor* tensor_in(PyObject* state_of_param, PyObject* name) {
   PyObject* stored = state_of_param == nullptr ? nullptr : find(state_of_param, name);
   return stored != nullptr && THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : nullptr;
+}
+
+inline py::object to_python(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
 }  // namespace sgdr

@@ -1,0 +1,100 @@
+// What both backends implement: the step, and the sum of the squares of all gradients.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "step_types.h"
+
+namespace sgdr {
+
+// ------------------------------------------------------------------------------------------------
+// CPU
+
+// A param group in one step.
+struct GroupStep {
+  const GroupOptions* options;
+  GroupScalars scalars;
+  int64_t step;  // number of steps applied before
+};
+
+namespace cpu {
+
+struct Step {
+  std::span<const TensorEntry> tensors;
+  std::span<const GroupStep> groups;
+};
+
+void fused_step(const Step& step);
+
+// See Note [Sum of squares].
+double sum_of_squared_grads(std::span<const TensorEntry> tensors);
+
+// Whether work is long enough to wake a second thread, and to release the GIL. Both cost a fixed
+// time, and for each tensor the time of some thousand elements: see benchmarks/threads.py.
+constexpr int64_t kParallelNumel = 1 << 17;
+constexpr int64_t kParallelNumelPerTensor = 1 << 12;
+bool is_worth_threads(std::span<const TensorEntry> tensors);
+
+}  // namespace cpu
+
+// ------------------------------------------------------------------------------------------------
+// CUDA
+
+// kSchedule: an option of the schedule has changed since GroupState::lr was computed.
+enum class LrSource : uint8_t { kState, kSchedule };
+
+// A param group in the launches of one step. The pointers are to memory of the GPU.
+struct LaunchGroup {
+  GroupOptions options;
+  GroupState* state;
+  ParamState* params;
+  uint32_t param_count;  // with and without a gradient
+  uint32_t first_param;  // index of its first parameter among those of all groups
+  LrSource lr_source;
+  bool advances;  // whether this step moves the schedule; in a launch: whether this launch does
+};
+
+namespace cuda {
+
+// The step of all groups on one GPU. The pointers are to its memory.
+struct Step {
+  std::span<const TensorEntry> tensors;  // in the order of their groups
+  std::span<const LaunchGroup> groups;
+  const float* grad_scale = nullptr;  // or null
+  const float* found_inf = nullptr;   // or null; if not 0, the step is skipped
+  // Null if no norm is needed. If set, the step writes grad_norm, clips unless max_grad_norm is
+  // infinite, and with skip_nonfinite is skipped if the norm is not finite.
+  const double* sum_of_squares = nullptr;
+  double* grad_norm = nullptr;
+  double max_grad_norm = std::numeric_limits<double>::infinity();
+  bool skip_nonfinite = false;
+};
+
+// Memory of the GPU for a sum of squares.
+struct NormMemory {
+  double* sum_of_squares;  // the result
+  double* chunk_sums;      // count_ranges(tensors, kNormChunk) of them
+  uint32_t* ticket;        // 0 before and after
+};
+
+#if defined(SGDR_WITH_CUDA)
+constexpr bool kIsBuilt = true;
+
+// Both run on the current stream of that GPU.
+void fused_step(int8_t gpu, const Step& step);
+void sum_of_squared_grads(int8_t gpu, std::span<const TensorEntry> tensors,
+                          const NormMemory& memory);
+
+// Whether the current stream of the current GPU is being captured into a graph.
+bool is_capturing();
+#else
+constexpr bool kIsBuilt = false;
+inline void fused_step(int8_t, const Step&) {}
+inline void sum_of_squared_grads(int8_t, std::span<const TensorEntry>, const NormMemory&) {}
+inline bool is_capturing() { return false; }
+#endif
+
+}  // namespace cuda
+}  // namespace sgdr

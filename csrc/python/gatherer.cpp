@@ -1,0 +1,116 @@
+#include "gatherer.h"
+
+#include "../torch/internals.h"
+
+namespace sgdr {
+
+Gatherer::Gatherer(DeviceStep& target, const ParamGroup& group, uint32_t group_index,
+                   NewState& new_state, const py::function* shard_axes)
+    : target_(target),
+      group_(group),
+      group_index_(group_index),
+      new_state_(new_state),
+      shard_axes_(shard_axes),
+      // For whoever reads a new buffer after a skipped step; the kernel goes by its flag. A graph
+      // would repeat it.
+      zeroes_new_state_(group.on_gpu != nullptr && !cuda::is_capturing()) {}
+
+bool Gatherer::add(size_t index, const ParamAndState& found) {
+  const GroupOptions& options = group_.options;
+  if (group_.on_gpu != nullptr) {
+    for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
+      if (is_in_use(role)) group_.on_gpu->sync_flag(index, role, found.state);
+    }
+  }
+  const at::Tensor& param = THPVariable_Unpack(found.param);
+  const at::Tensor& grad = grad_of(param);
+  if (!grad.defined()) return true;
+
+  ParamTensors tensors = {.param = &param, .grad = &grad};
+  TensorEntry entry = {.group = group_index_,
+                       .param_index = group_.first_param + static_cast<uint32_t>(index)};
+  const bool is_half = element_size(element_type(param)) == 2;
+  const bool has_master = options.master_weights && is_half;
+  if (options.has_momentum()) {
+    const at::ScalarType dtype = options.momentum_type != ElementType::kNone
+                                     ? scalar_type(options.momentum_type)
+                                 : has_master ? at::kFloat
+                                              : param.scalar_type();
+    if (!find_or_make(found, index, kMomentumBuffer, dtype, tensors.momentum_buffer,
+                      entry.first_step))
+      return false;
+  }
+  if (has_master) {
+    tensors.low_precision_param = &param;
+    if (!find_or_make(found, index, kMasterParam, at::kFloat, tensors.param, entry.new_master))
+      return false;
+  }
+  if (averages_in_this_step()) {
+    const at::ScalarType dtype = is_half ? at::kFloat : param.scalar_type();
+    bool is_new = false;
+    if (!find_or_make(found, index, kEma, dtype, tensors.ema, is_new)) return false;
+    if (options.averaging == Averaging::kExponential)
+      entry.ema_decay = is_new ? 0 : options.ema_decay;
+    else if (group_.on_gpu == nullptr)
+      entry.ema_decay = decay_of_equal_average(count_averaged(found, is_new));
+  }
+
+  if (!target_.flattener.flatten(tensors, entry)) return false;
+  if (shard_axes_ != nullptr && is_subclass(param)) {
+    py::object axes = (*shard_axes_)(py::handle(found.param));
+    if (!axes.is_none())
+      add_to_part(target_.sharded_parts, std::move(axes), target_.entries.size());
+  }
+  target_.entries.push_back(entry);
+  return true;
+}
+
+bool Gatherer::is_in_use(Role role) const {
+  switch (role) {
+    case kMomentumBuffer:
+      return group_.options.has_momentum();
+    case kEma:
+      return group_.options.averaging != Averaging::kNone;
+    default:
+      return group_.options.master_weights;
+  }
+}
+
+bool Gatherer::averages_in_this_step() const {
+  switch (group_.options.averaging) {
+    case Averaging::kNone:
+      return false;
+    case Averaging::kExponential:
+      return true;
+    default:
+      // On a GPU only the kernel knows where the schedule stands.
+      return group_.on_gpu != nullptr || ends_cycle(group_.options.schedule, group_.position);
+  }
+}
+
+// The tensor of that role in a parameter's state, or else a new one. False if something else is
+// there.
+SGDR_INLINE bool Gatherer::find_or_make(const ParamAndState& param, size_t index, Role role,
+                                        at::ScalarType dtype, const at::Tensor*& tensor,
+                                        bool& is_new) {
+  PyObject* const found = param.state == nullptr ? nullptr : find(param.state, name_of(role));
+  if (found != nullptr && found != Py_None) {
+    if (!THPVariable_Check(found)) return false;
+    tensor = &THPVariable_Unpack(found);
+    return true;
+  }
+  tensor = &new_state_.make(param.param, role, dtype, group_.on_gpu.get(), index);
+  if (zeroes_new_state_) tensor->zero_();
+  is_new = true;
+  return true;
+}
+
+// How many weights an equal average holds before this step.
+int64_t Gatherer::count_averaged(const ParamAndState& param, bool is_new) {
+  PyObject* const counted = is_new ? nullptr : find(param.state, names::n_averaged());
+  const int64_t n_averaged = counted == nullptr ? 0 : py::handle(counted).cast<int64_t>();
+  new_state_.set_n_averaged(param.param, n_averaged + 1);
+  return n_averaged;
+}
+
+}  // namespace sgdr

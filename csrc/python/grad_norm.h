@@ -1,0 +1,40 @@
+// The norm of all gradients, of plain tensors and of shards that lie on several ranks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "../step_types.h"
+#include "python_dict.h"
+
+namespace sgdr {
+
+struct DeviceStep;
+
+// What the norm is for.
+struct Clipping {
+  std::optional<double> max_grad_norm;
+  bool skip_nonfinite = false;
+
+  bool needs_norm() const { return max_grad_norm.has_value() || skip_nonfinite; }
+};
+
+// Entries whose sums of squares are added up over the same ranks.
+struct ShardedPart {
+  py::object axes;  // sgdr_fused's shard_axes(param)
+  std::vector<size_t> entries;
+};
+
+void add_to_part(std::vector<ShardedPart>& parts, py::object axes, size_t entry);
+
+// The sum of the squares of all gradients. sum_over_shards(sum, axes) adds the other ranks' sums to
+// a tensor in place.
+double sum_of_squared_grads_on_host(DeviceStep& step, const py::function& sum_over_shards);
+
+// The same without waiting for the GPU: a float64 tensor without dimensions.
+at::Tensor sum_of_squared_grads_on_gpu(const DeviceStep& step, const py::function& sum_over_shards);
+
+}  // namespace sgdr

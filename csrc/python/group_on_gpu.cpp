@@ -1,0 +1,87 @@
+#include "group_on_gpu.h"
+
+#include <ATen/Functions.h>
+
+#include "python_dict.h"
+
+namespace sgdr {
+namespace {
+
+using WeakTensor = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
+
+WeakTensor weak(const at::Tensor* tensor) {
+  return WeakTensor(tensor == nullptr ? at::Tensor().getIntrusivePtr() : tensor->getIntrusivePtr());
+}
+
+}  // namespace
+
+GroupOnGpu::GroupOnGpu(py::object device_state, PyObject* state)
+    : device_state_(std::move(device_state)),
+      memory_(THPVariable_Unpack(device_state_.attr("memory").ptr())) {
+  for (const py::handle param : py::list(device_state_.attr("params"))) {
+    PyObject* const of_param = find(state, param.ptr());
+    const auto stored = [&](Role role) { return weak(tensor_in(of_param, name_of(role))); };
+    params_.push_back({py::reinterpret_borrow<py::object>(param),
+                       {stored(kMomentumBuffer), stored(kEma), stored(kMasterParam)}});
+  }
+}
+
+bool GroupOnGpu::belongs_to(PyObject* params) const {
+  if (params_.empty() || static_cast<size_t>(PyList_GET_SIZE(params)) != params_.size())
+    return false;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)) != params_[i].param.ptr()) return false;
+  }
+  PyObject* const first = params_[0].param.ptr();
+  return THPVariable_Check(first) && THPVariable_Unpack(first).device() == memory_.device();
+}
+
+LaunchGroup GroupOnGpu::launch_group(const GroupOptions& options, uint32_t first_param,
+                                     bool advances) const {
+  auto* const memory = static_cast<GroupMemory*>(memory_.mutable_data_ptr());
+  return {.options = options,
+          .state = &memory->state,
+          .params = reinterpret_cast<ParamState*>(memory + 1),
+          .param_count = static_cast<uint32_t>(params_.size()),
+          .first_param = first_param,
+          .lr_source = lr_source,
+          .advances = advances};
+}
+
+void GroupOnGpu::sync_flag(size_t index, Role role, PyObject* state_of_param) {
+  const at::Tensor* const stored = tensor_in(state_of_param, name_of(role));
+  WeakTensor& expected = params_[index].tensors[role];
+  const at::Tensor none;
+  const at::TensorImpl* const found = (stored == nullptr ? none : *stored).unsafeGetTensorImpl();
+  if (expected._unsafe_get_target() == found) return;
+  if (cuda::is_capturing()) {
+    throw std::runtime_error(
+        std::string("a tensor in the optimizer's state was set or removed since the last step (") +
+        PyUnicode_AsUTF8(name_of(role)) +
+        "); take one step before the capture of a CUDA graph, which would repeat this at each "
+        "replay");
+  }
+  static_assert(offsetof(ParamState, momentum_is_empty) == kMomentumBuffer &&
+                offsetof(ParamState, ema_is_empty) == kEma &&
+                offsetof(ParamState, master_is_empty) == kMasterParam);
+  const size_t flag = sizeof(GroupMemory) + index * sizeof(ParamState) + role;
+  memory_.view(at::kByte).narrow(0, static_cast<int64_t>(flag), 1).fill_(stored == nullptr ? 1 : 0);
+  expected = weak(stored);
+}
+
+void GroupOnGpu::sync_flags(PyObject* state) {
+  for (size_t i = 0; i < params_.size(); ++i) {
+    PyObject* const of_param = find(state, params_[i].param.ptr());
+    for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) sync_flag(i, role, of_param);
+  }
+}
+
+void GroupOnGpu::expect(size_t index, Role role, const at::Tensor& tensor) {
+  params_[index].tensors[role] = weak(&tensor);
+}
+
+void GroupOnGpu::count_skipped_step() const {
+  memory_.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t)).add_(1);
+}
+
+}  // namespace sgdr

@@ -1,0 +1,62 @@
+// What a param group keeps on its GPU.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <vector>
+
+#include "../backend.h"
+#include "state.h"
+
+namespace sgdr {
+
+// Note [State on the GPU]
+// A group on a GPU keeps in the GPU's memory where its schedule stands, its LR, its skipped steps,
+// and for each parameter which tensors of its state hold nothing yet. The kernel updates them: the
+// host does not know whether a step was skipped, nor how often a graph was replayed.
+// param_group["lr"], ["step"], ["cycle"], ["T_cur"], ["T_i"] and ["skipped_steps"] are views of
+// this memory. A value that somebody puts there, or into optimizer.state, is written to the memory
+// before the next launch. While a graph is captured that is an error: each replay would repeat it.
+class GroupOnGpu {
+ public:
+  LrSource lr_source = LrSource::kState;
+
+  // A sgdr_fused.device_state.DeviceState, and optimizer.state.
+  GroupOnGpu(py::object device_state, PyObject* state);
+
+  const py::object& device_state() const { return device_state_; }
+  const at::Tensor& memory() const { return memory_; }
+
+  // Whether these are the parameters that it was made for, on the same GPU.
+  bool belongs_to(PyObject* params) const;
+
+  LaunchGroup launch_group(const GroupOptions& options, uint32_t first_param, bool advances) const;
+
+  // Brings the flag of a parameter's tensor up to date if somebody else has put the tensor into
+  // state, or removed it.
+  void sync_flag(size_t index, Role role, PyObject* state_of_param);
+
+  // Brings all flags up to date.
+  void sync_flags(PyObject* state);
+
+  // The optimizer's own step puts a tensor into state; the kernel takes care of its flag.
+  void expect(size_t index, Role role, const at::Tensor& tensor);
+
+  void count_skipped_step() const;
+
+ private:
+  // The address alone could come to stand for another tensor.
+  using WeakTensor = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
+
+  struct Param {
+    py::object param;
+    std::array<WeakTensor, kRoles> tensors;  // that the flags are about; undefined if none is there
+  };
+
+  py::object device_state_;
+  at::Tensor memory_;
+  std::vector<Param> params_;
+};
+
+}  // namespace sgdr

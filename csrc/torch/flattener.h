@@ -1,0 +1,75 @@
+// Brings tensors to the form that the backends take, and back: for the optimizer's step and for the
+// registered op.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
+
+#include <array>
+#include <deque>
+#include <functional>
+#include <vector>
+
+#include "../step_types.h"
+#include "internals.h"
+
+namespace sgdr {
+
+// The tensors of one parameter in a step; null for one that it does not have.
+struct ParamTensors {
+  const at::Tensor* param;  // the master copy, if there is one
+  const at::Tensor* grad;
+  const at::Tensor* momentum_buffer = nullptr;
+  const at::Tensor* ema = nullptr;
+  const at::Tensor* low_precision_param = nullptr;  // the parameter, if `param` is its master copy
+};
+
+// For the tensors of one step on one device. Shards, complex numbers and unlike strides become flat
+// memory: by a view, or else by a copy that finish() writes back.
+class Flattener {
+ public:
+  // The plain tensor behind a subclass, or an undefined one if the subclass is not known.
+  using LocalTensor = std::function<at::Tensor(const at::Tensor& tensor, const at::Tensor& param)>;
+
+  // `plain_keys` are the dispatch keys of an ordinary dense tensor on the device.
+  Flattener(c10::Device device, c10::DispatchKeySet plain_keys, LocalTensor local_tensor)
+      : device_(device), plain_keys_(plain_keys), local_tensor_(std::move(local_tensor)) {}
+
+  // Fills in the entry's addresses, types and numel. False if one of the tensors is of a kind that
+  // no backend takes. The tensors have to outlive the step, see keep_alive().
+  bool flatten(const ParamTensors& tensors, TensorEntry& entry);
+
+  // Holds all tensors, whose other owners may drop them while the GIL is released.
+  void keep_alive();
+
+  // After the backend has run: writes copies back, and bumps the versions of what was written.
+  void finish();
+
+  // For the next step.
+  void clear();
+
+ private:
+  void prefetch_ahead() const;
+  bool flatten_plain(const ParamTensors& tensors, TensorEntry& entry);
+  bool flatten_unusual(const ParamTensors& tensors, TensorEntry& entry);
+  bool is_plain(const at::Tensor& tensor) const;
+  const at::Tensor* to_plain(const at::Tensor& tensor, const at::Tensor& param);
+  const at::Tensor* to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
+                                 bool is_written);
+
+  struct Copy {
+    const at::Tensor* copy;
+    const at::Tensor* original;
+  };
+
+  c10::Device device_;
+  c10::DispatchKeySet plain_keys_;
+  LocalTensor local_tensor_;
+  std::vector<ParamTensors> flattened_;
+  std::vector<std::array<MetadataHint, 3>> hints_;  // one for each parameter of the last step
+  std::vector<at::Tensor> written_subclasses_;
+  std::vector<Copy> copies_;
+  std::deque<at::Tensor> kept_alive_;  // its elements do not move
+};
+
+}  // namespace sgdr

@@ -1,0 +1,92 @@
+// The only door to torch's internals: what has no name in torch's public C++ API.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
+
+#include <array>
+
+#include "../step_types.h"
+
+namespace sgdr {
+
+// The .grad of a tensor, which may be undefined. Tensor::grad() would look whether it has to warn,
+// which takes longer than all else that a step reads of a small tensor.
+SGDR_INLINE const at::Tensor& grad_of(const at::Tensor& param) {
+  return param.unsafeGetTensorImpl()->grad();
+}
+
+// Tells autograd that a tensor was written through its address. Tensors made in inference mode have
+// no version.
+SGDR_INLINE void bump_version(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+// Where what a step reads of a tensor lies, as of an earlier step. It is prefetched, never
+// followed: an address that is out of date does no harm.
+class MetadataHint {
+ public:
+  MetadataHint() = default;
+  explicit MetadataHint(const at::Tensor& tensor)
+      : tensor_(tensor.unsafeGetTensorImpl()),
+        storage_(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()) {}
+
+  SGDR_INLINE void prefetch() const {
+    constexpr size_t kCacheLine = 64;
+    for (size_t byte = 0; byte < sizeof(at::TensorImpl); byte += kCacheLine)
+      __builtin_prefetch(static_cast<const char*>(tensor_) + byte);
+    __builtin_prefetch(storage_);
+  }
+
+ private:
+  const void* tensor_ = nullptr;
+  const void* storage_ = nullptr;
+};
+
+// Whether Python code decides what operations on the tensor mean, as for DTensor.
+SGDR_INLINE bool is_subclass(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+// The dispatch keys of an ordinary dense CPU tensor: no subclass, no lazy conjugation or negation,
+// not made in inference mode.
+inline c10::DispatchKeySet plain_host_keys() {
+  const c10::InferenceMode off(false);
+  return at::empty({0}).key_set();
+}
+
+SGDR_INLINE ElementType element_type(at::ScalarType dtype) {
+  static constexpr auto kTypes = [] {
+    std::array<ElementType, static_cast<size_t>(at::ScalarType::NumOptions)> types{};
+    types.fill(ElementType::kNone);
+    types[static_cast<size_t>(at::kFloat)] = ElementType::kFloat;
+    types[static_cast<size_t>(at::kDouble)] = ElementType::kDouble;
+    types[static_cast<size_t>(at::kHalf)] = ElementType::kHalf;
+    types[static_cast<size_t>(at::kBFloat16)] = ElementType::kBFloat16;
+    return types;
+  }();
+  return kTypes[static_cast<size_t>(dtype)];
+}
+
+SGDR_INLINE ElementType element_type(const at::Tensor& tensor) {
+  return element_type(tensor.scalar_type());
+}
+
+inline at::ScalarType scalar_type(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat:
+      return at::kFloat;
+    case ElementType::kDouble:
+      return at::kDouble;
+    case ElementType::kHalf:
+      return at::kHalf;
+    case ElementType::kBFloat16:
+      return at::kBFloat16;
+    case ElementType::kNone:
+      break;
+  }
+  return at::ScalarType::Undefined;
+}
+
+}  // namespace sgdr

@@ -186,7 +186,7 @@ class TracedStepper:
         self._states[i] = device_state
         check_group(group)
         lr_was_set = group["lr"] is not before.get("lr")
-        device_state.take_over(group)
+        device_state.write_changes_of(group)
         if before and not lr_was_set:
             numbers = dict(group) | device_state.numbers()
             sync_group(numbers, numbers["lr"])

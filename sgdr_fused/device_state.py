@@ -101,7 +101,7 @@ class DeviceState:
         """The fields as Python numbers; synchronizes for a GPU."""
         return {name: field.item() for name, field in self.fields.items()}
 
-    def take_over(self, group: MutableMapping[str, Any]) -> None:
+    def write_changes_of(self, group: MutableMapping[str, Any]) -> None:
         """Writes values that the user has set in the group into the fields that they replaced."""
         for name, field in self.fields.items():
             value = group[name]
@@ -138,12 +138,12 @@ def sync_group_on_device(
     """
     params = group["params"]
     if device_state is not None and not (params and device_state.belongs_to(params)):
-        device_state.take_over(group)
+        device_state.write_changes_of(group)
         _to_host(group, device_state, state)
         device_state = None
     if device_state is not None:
         check_group(group)
-        device_state.take_over(group)
+        device_state.write_changes_of(group)
         return device_state
     sync_group(group, lr_before)
     if params and isinstance(params[0], Tensor) and params[0].is_cuda:

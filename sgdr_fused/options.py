@@ -95,7 +95,8 @@ _FINITE = Range(is_finite, "a finite float")
 _AT_LEAST_0 = Range(lambda value: is_finite(value) and value >= 0, "a finite float >= 0")
 # On a GPU the LR is a tensor, and reading it would synchronize.
 _LR = Range(
-    lambda value: isinstance(value, Tensor) or _AT_LEAST_0.contains(value), _AT_LEAST_0.words
+    lambda value: isinstance(value, Tensor) or (is_finite(value) and value >= 0),
+    _AT_LEAST_0.words,
 )
 _NORM_OR_NONE = Range(
     lambda value: value is None or (is_finite(value) and value > 0), "None or a finite float > 0"
@@ -149,20 +150,24 @@ OPTIONS = (
 
 GROUP_OPTIONS = tuple(option for option in OPTIONS if option.per_group)
 
-_BY_OPTION_NAME = {option.name: option for option in OPTIONS}
+_RANGES = {option.name: option.range for option in OPTIONS if option.range is not None}
+_RANGES_OF_GROUP = tuple(
+    (option.name, option.range) for option in GROUP_OPTIONS if option.range is not None
+)
 
 
 def check_option(name: str, value: object) -> None:
     """Raises if an option is out of its range.
 
     Args:
-        name: Name of the option.
+        name: Name of an option that has a range in the table.
         value: Its value.
 
     Raises:
         ValueError: Names the option, its value and the range.
     """
-    _check(_BY_OPTION_NAME[name], value)
+    if not _RANGES[name].contains(value):
+        raise _out_of_range(name, value)
 
 
 def check_group_options(group: Mapping[str, Any]) -> None:
@@ -176,8 +181,9 @@ def check_group_options(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Names the option, its value and the range.
     """
-    for option in GROUP_OPTIONS:
-        _check(option, group[option.name])
+    for name, (contains, _) in _RANGES_OF_GROUP:
+        if not contains(group[name]):
+            raise _out_of_range(name, group[name])
     momentum, dampening = group["momentum"], group["dampening"]
     if group["nesterov"] and (momentum == 0 or dampening != 0):
         raise ValueError(
@@ -201,9 +207,6 @@ def checked_clipping(max_grad_norm: float | None, skip_nonfinite: bool) -> Clipp
     return Clipping(max_grad_norm, bool(skip_nonfinite))
 
 
-def _check(option: Option, value: object) -> None:
-    if option.range is None or option.range.contains(value):
-        return
-    name = option.name
+def _out_of_range(name: str, value: object) -> ValueError:
     label = "learning rate" if name == "lr" else f"{name} value"  # as torch.optim.SGD says
-    raise ValueError(f"Invalid {label}: {value!r}; {name} must be {option.range.words}")
+    return ValueError(f"Invalid {label}: {value!r}; {name} must be {_RANGES[name].words}")

@@ -117,7 +117,7 @@ def test_planted_import_cycle_is_noticed(planted):
     [
         ("def f(optimizer):\n    optimizer._sync()", "_sync"),
         ("def f(optimizer):\n    return optimizer._stepper.grad_norm", "_stepper"),
-        ("from sgdr_fused.options import _check", "_check"),
+        ("from sgdr_fused.options import _RANGES", "_RANGES"),
     ],
 )
 def test_planted_use_of_a_private_member_is_noticed(planted, name):

@@ -1,7 +1,7 @@
 """SGD with momentum and cosine warm restarts as one fused optimizer step."""
 
+from sgdr_fused.cli.plot import plot_schedule
 from sgdr_fused.optimizer import FusedSGDR
-from sgdr_fused.plot import plot_schedule
 from sgdr_fused.schedule import CosineWarmRestarts, Position, fit_T_0
 
 __all__ = ["CosineWarmRestarts", "FusedSGDR", "Position", "fit_T_0", "plot_schedule"]

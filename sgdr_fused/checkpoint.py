@@ -1,10 +1,17 @@
-"""What ``torch.distributed.checkpoint`` needs of the optimizer's state: that it is complete.
+"""What ``torch.distributed.checkpoint`` needs of the optimizer, besides what every caller needs.
 
-It loads those entries that it finds in a state_dict made beforehand, and wants each of them in the
-file. But a momentum buffer comes with a parameter's first step and goes with ``reset_momentum``, an
-average comes with the end of a cycle. So what its ``get_optimizer_state_dict`` is given has a
-tensor for each of them: where there is nothing to be saved it is blank, all NaN, and is left out
-again when it is loaded.
+Its ``get_state_dict`` and ``set_state_dict`` call the optimizer as any user does, but expect that
+all state exists:
+
+- If the optimizer has no state, they take a step with gradients of zero and an LR of 0, only to
+  create it. That step must not advance the schedule, nor count as a parameter's first step.
+- They load the entries of a state_dict that was made beforehand, and need each of them in the file.
+  But a momentum buffer appears with a parameter's first step and disappears with
+  ``reset_momentum``, and an average appears at the end of a cycle. So they get a tensor for each:
+  a placeholder, all NaN, where there is no value. Loading removes the placeholders again.
+
+No argument tells their calls from a user's, so :meth:`CheckpointCall.current` looks for their
+module on the call stack.
 """
 
 from __future__ import annotations
@@ -20,91 +27,91 @@ from torch import Tensor
 
 from sgdr_fused.tensors import dtypes_of_state, named_params
 
-__all__ = ["completed", "is_at_work", "is_initialisation", "name_missing", "without_blanks"]
+__all__ = ["CheckpointCall"]
+
+_CALLER = "torch.distributed.checkpoint.state_dict"
 
 
-def is_at_work() -> bool:
-    """Whether ``torch.distributed.checkpoint.state_dict`` is among the callers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            return True
-        frame = frame.f_back
-    return False
+class CheckpointCall:
+    """A call of the optimizer by ``torch.distributed.checkpoint``; see this module's docstring."""
 
+    @classmethod
+    def current(cls) -> CheckpointCall | None:
+        """The call under way; None if someone else calls."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_globals.get("__name__") == _CALLER:
+                return cls()
+            frame = frame.f_back
+        return None
 
-def is_initialisation(param_groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a step is one that only wants the state to exist.
+    @classmethod
+    def for_new_state(cls, param_groups: Sequence[Mapping[str, Any]]) -> CheckpointCall | None:
+        """The call of ``step()`` that only creates the state; None for a real step.
 
-    ``torch.distributed.checkpoint`` takes one with gradients of zero and an LR of 0, when it finds
-    no state. It must not move the schedule, and must not be a parameter's first step.
+        Args:
+            param_groups: The optimizer's.
+        """
+        lr = param_groups[0]["lr"]
+        # The call sets a number; a tensor on a GPU is the kernel's, and reading it synchronizes.
+        is_on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        return cls.current() if not is_on_gpu and lr == 0 else None
 
-    Args:
-        param_groups: The optimizer's.
-    """
-    lr = param_groups[0]["lr"]
-    # One on a GPU is not by its hand, and a look at it would wait for the GPU.
-    is_on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    return not is_on_gpu and lr == 0 and is_at_work()
+    def add_missing_keys(
+        self, param_groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]
+    ) -> None:
+        """Adds a None under each key that the state will have.
 
+        Args:
+            param_groups: The optimizer's.
+            state: The optimizer's. To a step, None is the same as a missing key.
+        """
+        for _, group, param in named_params(param_groups):
+            if param.requires_grad or param in state:
+                of_param = state.setdefault(param, {})
+                for key in (*dtypes_of_state(group, param), *_counts(group)):
+                    of_param.setdefault(key, None)
 
-def name_missing(
-    param_groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]
-) -> None:
-    """Gives the state a None under each name that it will have something under.
+    def with_placeholders(
+        self, param_groups: Sequence[Mapping[str, Any]], packed_state: Mapping[Any, Any]
+    ) -> dict[Any, Any]:
+        """The state with placeholders for None.
 
-    Args:
-        param_groups: The optimizer's.
-        state: The optimizer's. None is the same to a step as no entry.
-    """
-    for _, group, param in named_params(param_groups):
-        if param.requires_grad or param in state:
-            of_param = state.setdefault(param, {})
-            for name in (*dtypes_of_state(group, param), *_counts(group)):
-                of_param.setdefault(name, None)
+        Args:
+            param_groups: The optimizer's.
+            packed_state: The state in a state_dict, by the parameters' indices.
+        """
+        complete: dict[Any, Any] = dict(packed_state)
+        for index, (_, group, param) in enumerate(named_params(param_groups)):
+            if index not in complete:
+                continue
+            complete[index] = of_param = dict(complete[index])
+            for role, dtype in dtypes_of_state(group, param).items():
+                if of_param.get(role) is None:
+                    of_param[role] = torch.full_like(param.detach(), math.nan, dtype=dtype)
+            for name in _counts(group):
+                of_param[name] = of_param.get(name) or 0
+        return complete
 
+    def without_placeholders(self, of_param: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's loaded state without the placeholders.
 
-def completed(
-    param_groups: Sequence[Mapping[str, Any]], packed_state: Mapping[Any, Mapping[str, Any]]
-) -> dict[Any, Any]:
-    """The state with blank tensors in place of None.
-
-    Args:
-        param_groups: The optimizer's.
-        packed_state: As in a state_dict, by the parameters' indices.
-    """
-    complete: dict[Any, Any] = dict(packed_state)
-    for index, (_, group, param) in enumerate(named_params(param_groups)):
-        if index not in complete:
-            continue
-        complete[index] = of_param = dict(complete[index])
-        for role, dtype in dtypes_of_state(group, param).items():
-            if of_param.get(role) is None:
-                of_param[role] = torch.full_like(param.detach(), math.nan, dtype=dtype)
-        for name in _counts(group):
-            of_param[name] = of_param.get(name) or 0
-    return complete
-
-
-def without_blanks(of_param: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's loaded state without the tensors that hold nothing.
-
-    Args:
-        of_param: Names and values.
-    """
-    kept = {name: value for name, value in of_param.items() if not _is_blank(value)}
-    if "ema" not in kept:
-        kept.pop("n_averaged", None)
-    return kept
+        Args:
+            of_param: The parameter's state, by key.
+        """
+        kept = {key: value for key, value in of_param.items() if not _is_placeholder(value)}
+        if "ema" not in kept:
+            kept.pop("n_averaged", None)
+        return kept
 
 
 def _counts(group: Mapping[str, Any]) -> tuple[str, ...]:
     return ("n_averaged",) if group["ema_decay"] == "swa" else ()
 
 
-def _is_blank(value: Any) -> bool:
+def _is_placeholder(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return False
-    # Of all ranks' shards: one without elements says nothing.
+    # Summed over all ranks: a shard without elements cannot tell.
     count = value.isnan().sum()
     return int(count.full_tensor() if hasattr(count, "full_tensor") else count) == value.numel()

@@ -1,4 +1,4 @@
-"""The step within torch.compile: the registered op, on state that is in tensors."""
+"""The step within torch.compile: the registered op, with the schedule's state in tensors."""
 
 from __future__ import annotations
 
@@ -11,25 +11,18 @@ from torch import Tensor
 from sgdr_fused import native
 from sgdr_fused.device_state import DeviceState
 from sgdr_fused.groups import check_group, is_unchanged, sync_group
-from sgdr_fused.reference import Clipping
+from sgdr_fused.options import GROUP_OPTIONS, Clipping, Support
 from sgdr_fused.tensors import check_tensors
 
 __all__ = ["TracedStepper", "is_traceable", "step_groups"]
 
-_OP_OPTIONS = (
-    "momentum",
-    "dampening",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "decoupled_weight_decay",
-    "reset_momentum",
-)
+_BY_NAME = tuple(option.name for option in GROUP_OPTIONS if option.op is Support.BY_NAME)
+_DEFAULT_ONLY = tuple(option for option in GROUP_OPTIONS if option.op is Support.DEFAULT_ONLY)
 _OP_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_traceable(param_groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the op knows all that the groups ask for.
+    """Whether the op can take the groups' step.
 
     Args:
         param_groups: The optimizer's.
@@ -38,12 +31,8 @@ def is_traceable(param_groups: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _is_traceable_group(group: Mapping[str, Any]) -> bool:
-    return (
-        group["ema_decay"] is None
-        and group["momentum_dtype"] is None
-        and not group["stochastic_rounding"]
-        and not group["master_weights"]
-        and all(_is_traceable_tensor(param) for param in group["params"])
+    return all(group[option.name] == option.default for option in _DEFAULT_ONLY) and all(
+        _is_traceable_tensor(param) for param in group["params"]
     )
 
 
@@ -66,14 +55,14 @@ def step_groups(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """The step of all groups by the op.
+    """Calls the op for each group.
 
     Args:
         param_groups: The optimizer's.
-        tensors: What :meth:`TracedStepper.collect` gave: params, grads, momentum buffers of all
+        tensors: Result of :meth:`TracedStepper.collect`: params, grads, momentum buffers of all
             groups, and each group's memory.
-        grad_scale: What the gradients were multiplied by, of one element; None: by nothing.
-        found_inf: Of one element; not 0: the step is skipped.
+        grad_scale: The factor that the gradients were multiplied by, of one element; None: 1.
+        found_inf: A tensor of one element; if it is not 0, the step is skipped.
     """
     params, grads, momentum_buffers, memories = tensors
     first = first_buffer = 0
@@ -91,40 +80,34 @@ def step_groups(
             grad_scale=grad_scale,
             found_inf=found_inf,
             eta_max=group["initial_lr"],
-            eta_min=group["eta_min"],
-            T_mult=group["T_mult"],
-            cycle_decay=group["cycle_decay"],
-            warmup_start_lr=group["warmup_start_lr"],
             T_0=group["T_0"] * group["steps_per_epoch"],
             anneal_every=group["steps_per_epoch"] if by_epoch else 1,
-            warmup_steps=group["warmup_steps"],
-            n_cycles=group["n_cycles"],
-            **{name: group[name] for name in _OP_OPTIONS},
+            **{name: group[name] for name in _BY_NAME},
         )
         first, first_buffer = last, last_buffer
 
 
 class TracedStepper:
-    """Stands where the native extension's ``Stepper`` stands once a step has been traced.
+    """The steps of one optimizer once torch.compile has traced one.
 
-    The schedules' positions and the LRs are then in tensors, as they are on a GPU: what a graph of
-    torch.compile writes, an eager step has to find, and the other way round.
+    It keeps the schedules' positions and the LRs in tensors, as on a GPU, so that a graph of
+    torch.compile and an eager step see each other's changes.
 
     Attributes:
-        grad_norm: None: the op takes no norm.
-        clips: Whether a norm is asked for, which the op does not take.
+        grad_norm: None: the op computes no norm.
+        needs_norm: Whether an option needs the norm, so that the op cannot take the step.
     """
 
     grad_norm = None
 
     def __init__(self) -> None:
-        self.clips = False
+        self.needs_norm = False
         self._states: list[DeviceState | None] = []
         self._groups_before: list[dict[str, Any]] = []
 
     def set_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
-        """Sets the options that the op does not know: see :class:`Clipping`."""
-        self.clips = Clipping(max_grad_norm, skip_nonfinite).needs_norm
+        """Sets the options of :class:`~sgdr_fused.options.Clipping`."""
+        self.needs_norm = Clipping(max_grad_norm, skip_nonfinite).needs_norm
 
     def step(
         self,
@@ -133,36 +116,41 @@ class TracedStepper:
         grad_scale: float | Tensor | None,
         found_inf: float | Tensor | None,
     ) -> bool:
-        """The step outside of a graph.
+        """The step outside of a graph, by the same op.
 
         Args:
             param_groups: The optimizer's.
             state: The optimizer's.
-            grad_scale: What the gradients were multiplied by; None: by nothing.
-            found_inf: Not 0: the step is skipped.
+            grad_scale: The factor that the gradients were multiplied by; None: 1.
+            found_inf: If it is not 0, the step is skipped.
 
         Returns:
-            False, having written nothing, where the op does not know all that is asked for.
+            False if the op cannot take this step; nothing was written.
 
         Raises:
-            ValueError: As for :meth:`collect`.
-            RuntimeError: As for :meth:`collect`.
+            ValueError: As in :meth:`collect`.
+            RuntimeError: As in :meth:`collect`.
         """
-        if self.clips or not is_traceable(param_groups):
+        if self.needs_norm or not is_traceable(param_groups):
             return False
         with torch.no_grad():
             tensors = self.collect(param_groups, state)
             step_groups(param_groups, tensors, _to_tensor(grad_scale), _to_tensor(found_inf))
         return True
 
-    def step_param(self, *_: object) -> bool:
-        """False: the op takes the step of a whole group."""
+    def step_param(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        index: int,
+    ) -> bool:
+        """False: the op cannot update a single parameter."""
         return False
 
     def sync(
         self, param_groups: Sequence[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any]
     ) -> None:
-        """Takes over what has changed in the groups since they were last seen.
+        """Applies changes of the groups since the last call.
 
         Raises:
             ValueError: An option is out of its range.
@@ -184,23 +172,22 @@ class TracedStepper:
         before: Mapping[str, Any],
         state: MutableMapping[Tensor, Any],
     ) -> None:
-        device_state = self._states[i]
         params = group["params"]
+        device_state = self._states[i]
         if device_state is None or not params or not device_state.belongs_to(params):
-            shown = DeviceState.of(group)
-            if shown is not None and params and shown.belongs_to(params):
-                device_state = shown
-            else:
-                if shown is not None:
-                    group.update(shown.numbers())
+            # Another stepper may have put the group's state into tensors already.
+            device_state = DeviceState.of(group)
+            if device_state is None or not params or not device_state.belongs_to(params):
+                if device_state is not None:
+                    group.update(device_state.numbers())
                 sync_group(group, before.get("lr"))
                 self._states[i] = DeviceState.make(group, state)
                 return
         self._states[i] = device_state
         check_group(group)
-        lr_is_by_hand = group["lr"] is not before.get("lr")
-        device_state.take_over(group)
-        if before and not lr_is_by_hand:
+        lr_was_set = group["lr"] is not before.get("lr")
+        device_state.write_changes_of(group)
+        if before and not lr_was_set:
             numbers = dict(group) | device_state.numbers()
             sync_group(numbers, numbers["lr"])
             device_state.fields["lr"].fill_(numbers["lr"])
@@ -210,7 +197,7 @@ class TracedStepper:
         param_groups: Sequence[MutableMapping[str, Any]],
         state: MutableMapping[Tensor, Any],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """The tensors of the next step: params, grads, momentum buffers, each group's memory.
+        """The tensors of the next step: params, grads, momentum buffers, and each group's memory.
 
         Raises:
             ValueError: An option, gradient or buffer is not valid.

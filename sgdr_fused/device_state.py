@@ -1,4 +1,4 @@
-"""The part of a param group's state that is in the memory of its GPU."""
+"""The part of a param group's state that is kept in the memory of its GPU."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdr_fused.groups import check_group, sync_group
+from sgdr_fused.groups import check_group, drop_momentum, move_group, sync_group
 from sgdr_fused.schedule import Position
 
-__all__ = ["DeviceState", "host_copy", "sync_group_on_device", "sync_group_on_host", "to_host"]
+__all__ = [
+    "DeviceState",
+    "host_copy",
+    "restart_group",
+    "sync_group_on_device",
+    "sync_group_on_host",
+    "to_host",
+]
 
-# csrc/cuda/launcher.h, GroupMemory: 64-bit words, of which "lr" is a double and the last a ticket.
-# What follows is a ParamState for each parameter, of one word: a byte for each of its tensors, and
-# n_averaged in the upper half.
+# The layout of the C++ struct GroupMemory, in 64-bit words: the Position, "lr" as a double,
+# "skipped_steps" and a word of the kernel's own. One word for each parameter follows, the C++
+# struct ParamState: a byte for each role, and n_averaged in the upper half.
 _WORDS = 7
 _ROLES = ("momentum_buffer", "ema", "master_param")
 
 
 class DeviceState:
-    """Where a group's schedule stands, its LR and its first-step flags, as the kernel keeps them.
+    """A group's place in its schedule, its LR and its first-step flags, as the kernel keeps them.
 
-    A group whose parameters are on a GPU shows these in ``param_group["step"]``, ``["cycle"]``,
-    ``["T_cur"]``, ``["T_i"]``, ``["lr"]`` and ``["skipped_steps"]``: tensors without dimensions, of
-    which a read waits for the GPU. See Note [State on the GPU] in csrc/stepper_on_gpu.cpp.
+    A group whose parameters are on a GPU has views of this memory as ``param_group["step"]``,
+    ``["cycle"]``, ``["T_cur"]``, ``["T_i"]``, ``["lr"]`` and ``["skipped_steps"]``: 0-dim tensors,
+    and reading one synchronizes. See Note [State on the GPU] in csrc/.
 
     Args:
-        memory: The memory, as int64.
+        memory: The memory, of dtype int64.
         params: The group's parameters.
 
     Attributes:
-        fields: The six tensors, by their names.
-        is_empty: For each kind of tensor in the parameters' state, by its name, and each parameter:
-            1 if the tensor holds nothing yet, else 0.
-        n_averaged: For each parameter the number of weights in an equal average.
+        fields: The six 0-dim tensors, by name.
+        is_empty: uint8 tensors by role ("momentum_buffer", "ema", "master_param"), one element for
+            each parameter: 1 while the parameter's tensor of that role has no value yet, else 0.
+        n_averaged: int32 tensor: the number of weights in each parameter's equal average.
     """
 
     def __init__(self, memory: Tensor, params: Iterable[Any]) -> None:
@@ -51,9 +58,9 @@ class DeviceState:
 
     @classmethod
     def make(cls, group: MutableMapping[str, Any], state: Mapping[Tensor, Any]) -> DeviceState:
-        """Brings a group that holds numbers to its parameters' GPU."""
+        """Moves the numbers of a group to its parameters' GPU."""
         params = group["params"]
-        _refuse_capture("the optimizer's state is to be brought to the GPU")
+        _refuse_capture("the optimizer's state has to move to the GPU")
         with torch.inference_mode(False):
             memory = torch.zeros(_WORDS + len(params), dtype=torch.int64)
             on_host = cls(memory, params)
@@ -70,7 +77,7 @@ class DeviceState:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> DeviceState | None:
-        """The one that a group shows; None if it holds numbers."""
+        """The state behind a group's tensors; None if the group holds numbers."""
         shown = group["step"]
         if not isinstance(shown, Tensor):
             return None
@@ -78,7 +85,7 @@ class DeviceState:
         return cls(memory.set_(shown.untyped_storage()), group["params"])
 
     def belongs_to(self, params: list[Any]) -> bool:
-        """Whether these are the parameters that it was made for, and they are where it is."""
+        """Whether it was made for these parameters, and they still are on its device."""
         return (
             len(params) == len(self.params)
             and all(mine is theirs for mine, theirs in zip(self.params, params, strict=True))
@@ -86,16 +93,16 @@ class DeviceState:
         )
 
     def to_cpu(self) -> DeviceState:
-        """A copy on the host."""
-        _refuse_capture("the optimizer's state is to be read")
+        """A copy on the host; synchronizes."""
+        _refuse_capture("the optimizer's state has to be read")
         return DeviceState(self.memory.cpu(), self.params)
 
     def numbers(self) -> dict[str, Any]:
-        """The fields as numbers."""
+        """The fields as Python numbers; synchronizes for a GPU."""
         return {name: field.item() for name, field in self.fields.items()}
 
-    def take_over(self, group: MutableMapping[str, Any]) -> None:
-        """Writes what has been put into the group in place of a field."""
+    def write_changes_of(self, group: MutableMapping[str, Any]) -> None:
+        """Writes values that the user has set in the group into the fields that they replaced."""
         for name, field in self.fields.items():
             value = group[name]
             if value is field:
@@ -114,29 +121,29 @@ def sync_group_on_device(
     device_state: DeviceState | None,
     state: MutableMapping[Tensor, Any],
 ) -> DeviceState | None:
-    """:func:`sync_group`, for a group that may be on a GPU, or have been.
+    """:func:`sync_group` for a group that is, or was, on a GPU or on the host.
 
     Args:
         group: A param group.
         lr_before: The object that ``lr`` was after the last step; None before the first.
-        device_state: What this function gave for the group before.
+        device_state: This function's last result for the group.
         state: The optimizer's.
 
     Returns:
-        Where the group's state is now; None: on the host.
+        The group's state on its GPU; None: it is on the host.
 
     Raises:
         ValueError: An option is out of its range.
-        RuntimeError: Something is to be written to the GPU while a CUDA graph is captured.
+        RuntimeError: The GPU's memory has to be written while a CUDA graph is captured.
     """
     params = group["params"]
     if device_state is not None and not (params and device_state.belongs_to(params)):
-        device_state.take_over(group)
+        device_state.write_changes_of(group)
         _to_host(group, device_state, state)
         device_state = None
     if device_state is not None:
         check_group(group)
-        device_state.take_over(group)
+        device_state.write_changes_of(group)
         return device_state
     sync_group(group, lr_before)
     if params and isinstance(params[0], Tensor) and params[0].is_cuda:
@@ -147,12 +154,32 @@ def sync_group_on_device(
 def sync_group_on_host(
     group: MutableMapping[str, Any], lr_before: object, _device_state: None, _state: object
 ) -> None:
-    """:func:`sync_group` under the signature of :func:`sync_group_on_device`."""
+    """:func:`sync_group` with the signature of :func:`sync_group_on_device`."""
     sync_group(group, lr_before)
 
 
+def restart_group(
+    group: MutableMapping[str, Any], start: Position, state: MutableMapping[Tensor, Any]
+) -> None:
+    """Moves a group to the start of a cycle, and drops its momentum if ``reset_momentum`` is set.
+
+    Args:
+        group: A param group.
+        start: The position at the start of the cycle.
+        state: The optimizer's.
+    """
+    device_state = DeviceState.of(group)
+    move_group(group, start)
+    if not group["reset_momentum"]:
+        return
+    if device_state is None:
+        drop_momentum(group, state)
+    else:
+        device_state.is_empty["momentum_buffer"].fill_(1)
+
+
 def to_host(groups: Iterable[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
-    """Makes the groups hold numbers, and the state no buffer without content."""
+    """Gives the groups numbers for tensors, and removes state tensors that have no value yet."""
     for group in groups:
         device_state = DeviceState.of(group)
         if device_state is not None:
@@ -162,7 +189,7 @@ def to_host(groups: Iterable[MutableMapping[str, Any]], state: MutableMapping[Te
 def host_copy(
     groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Any]
 ) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:
-    """The same on a copy; the buffers are shared."""
+    """Copies of the groups and the state, as :func:`to_host` makes them; tensors are shared."""
     copies = [dict(group) for group in groups]
     copied_state = defaultdict(dict, {key: dict(value) for key, value in state.items()})
     to_host(copies, copied_state)
@@ -190,6 +217,6 @@ def _to_host(
 def _refuse_capture(what: str) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{what}, which cannot be part of a CUDA graph: a replay would not do it, or do it "
-            "again; take one step, or call state_dict(), before the capture"
+            f"{what}, which cannot be part of a CUDA graph: a replay would not do it, or would do "
+            "it again; take one step, or call state_dict(), before the capture"
         )

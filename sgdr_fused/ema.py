@@ -1,4 +1,4 @@
-"""The averages of the weights that ``ema_decay`` keeps, for evaluation and for saving."""
+"""Uses of the averages that ``ema_decay`` keeps: evaluation, and saving."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ __all__ = ["averages_by_name", "swapped_in"]
 def swapped_in(
     param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> Iterator[None]:
-    """Puts the averages in the parameters' place; see :meth:`~sgdr_fused.FusedSGDR.swap_ema`."""
+    """Swaps the averages in for a ``with`` block; see :meth:`~sgdr_fused.FusedSGDR.swap_ema`.
+
+    Args:
+        param_groups: The optimizer's.
+        state: The optimizer's, on the host.
+    """
     own = {}
     try:
         with torch.no_grad():
@@ -35,13 +40,21 @@ def swapped_in(
 def averages_by_name(
     param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """See :meth:`~sgdr_fused.FusedSGDR.ema_state_dict`."""
+    """Copies of the averages; see :meth:`~sgdr_fused.FusedSGDR.ema_state_dict`.
+
+    Args:
+        param_groups: The optimizer's.
+        state: The optimizer's, on the host.
+
+    Raises:
+        ValueError: A group has no names.
+    """
     averages = {}
     for i, group in enumerate(param_groups):
         if "param_names" not in group:
             raise ValueError(
-                f"param_groups[{i}] has no names to save averages under; make the optimizer with "
-                "model.named_parameters() in place of model.parameters()"
+                f"param_groups[{i}] has no parameter names; make the optimizer with "
+                "model.named_parameters() instead of model.parameters()"
             )
         for name, param in zip(group["param_names"], group["params"], strict=True):
             ema = state.get(param, {}).get("ema")

@@ -1,101 +1,107 @@
-"""The options of a param group: checked, and kept in step with its schedule."""
+"""A param group: its options and its place in the schedule, checked and kept in step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sgdr_fused.schedule import CosineWarmRestarts, Position, is_finite
+from sgdr_fused.options import check_group_options
+from sgdr_fused.schedule import CosineWarmRestarts, Position
 
 __all__ = [
     "check_group",
+    "complete_new_group",
     "drop_momentum",
     "is_unchanged",
     "move_group",
     "position_of",
     "sync_group",
+    "with_unique_params",
 ]
 
-_MOMENTUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LEAST = {"step": 0, "cycle": 0, "T_cur": -math.inf, "T_i": 1, "skipped_steps": 0}
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raises for an option that is out of its range.
+    """Raises if an option, or the place in the schedule, is not valid.
 
     Args:
-        group: A param group with all its options.
+        group: A param group with all its entries.
 
     Raises:
-        ValueError: Names the option, its value and the range.
+        ValueError: Names the entry, its value and what to do.
     """
     schedule = CosineWarmRestarts.of_group(group)
-    lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
-    # A tensor is what a GPU keeps, see device_state.py; a look at it would wait for the GPU.
-    if not isinstance(lr, Tensor) and (not is_finite(lr) or lr < 0):
-        raise ValueError(f"Invalid learning rate: {lr!r}; lr must be a finite float >= 0")
-    if not is_finite(momentum) or momentum < 0:
-        raise ValueError(
-            f"Invalid momentum value: {momentum!r}; momentum must be a finite float >= 0"
-        )
-    if not is_finite(dampening):
-        raise ValueError(
-            f"Invalid dampening value: {dampening!r}; dampening must be a finite float"
-        )
-    if not is_finite(group["weight_decay"]) or group["weight_decay"] < 0:
-        raise ValueError(
-            f"Invalid weight_decay value: {group['weight_decay']!r}; "
-            "weight_decay must be a finite float >= 0"
-        )
-    if group["nesterov"] and (momentum == 0 or dampening != 0):
-        raise ValueError(
-            "Nesterov momentum requires a momentum and zero dampening, "
-            f"but got momentum={momentum}, dampening={dampening}"
-        )
-    _check_averaging_and_precision(group)
-    places = (("step", 0), ("cycle", 0), ("T_cur", -math.inf), ("T_i", 1), ("skipped_steps", 0))
-    for name, least in places:
-        if isinstance(group[name], Tensor):
-            continue
-        if type(group[name]) is not int or group[name] < least:
+    check_group_options(group)
+    for name, least in _LEAST.items():
+        value = group[name]
+        # On a GPU these are tensors, and reading one would synchronize.
+        if not isinstance(value, Tensor) and (type(value) is not int or value < least):
             raise ValueError(
-                f"{name}={group[name]!r} is no place in a schedule; call seek() to set it"
+                f"Invalid {name} value in a param group: {value!r}; call seek() to set the "
+                "schedule's position"
             )
-    if not isinstance(group["T_cur"], Tensor) and group["T_cur"] < -schedule.warmup_steps:
+    T_cur = group["T_cur"]
+    if not isinstance(T_cur, Tensor) and T_cur < -schedule.warmup_steps:
         raise ValueError(
-            f"warmup_steps={schedule.warmup_steps} is less than the {-group['T_cur']} steps "
-            "of warm-up that are still to run; call seek() to leave the warm-up"
+            f"warmup_steps={schedule.warmup_steps} is less than the {-T_cur} steps of warm-up "
+            "that remain; call seek() to leave the warm-up"
         )
 
 
-def _check_averaging_and_precision(group: Mapping[str, Any]) -> None:
-    ema_decay, seed = group["ema_decay"], group["seed"]
-    if not (
-        ema_decay is None or ema_decay == "swa" or (is_finite(ema_decay) and 0 <= ema_decay < 1)
+def with_unique_params(param_group: dict[str, Any]) -> dict[str, Any]:
+    """A group that is to be added, its parameters as a list.
+
+    Args:
+        param_group: Argument of ``add_param_group()``.
+
+    Raises:
+        ValueError: A parameter is listed twice.
+    """
+    if not isinstance(param_group, dict) or isinstance(
+        param_group.get("params"), (Tensor, set, type(None))
     ):
-        raise ValueError(
-            f"Invalid ema_decay value: {ema_decay!r}; ema_decay must be None, a float "
-            'in [0, 1), or "swa"'
-        )
-    if group["momentum_dtype"] not in (None, *_MOMENTUM_DTYPES):
-        raise ValueError(
-            f"Invalid momentum_dtype value: {group['momentum_dtype']!r}; momentum_dtype must be "
-            f"None or one of {', '.join(map(str, _MOMENTUM_DTYPES))}"
-        )
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise ValueError(f"Invalid seed value: {seed!r}; seed must be an int from 0 to 2**64 - 1")
-    if group["stochastic_rounding"] and group["master_weights"]:
-        raise ValueError(
-            "stochastic_rounding=True does without the float32 copies that master_weights=True "
-            "keeps; set one of the two"
-        )
+        return param_group  # torch accepts it or raises its own error
+    params = list(param_group["params"])
+    index_of: dict[int, int] = {}
+    for i, entry in enumerate(params):
+        first = index_of.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), i)
+        if first != i:
+            raise ValueError(
+                "optimizer contains a parameter group with duplicate parameters: "
+                f"params[{first}] and params[{i}] are one tensor; list it once"
+            )
+    return param_group | {"params": params}
+
+
+def complete_new_group(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Checks the last group, and puts its schedule at the step that the others have reached.
+
+    Args:
+        param_groups: The optimizer's; the last was just added.
+
+    Raises:
+        ValueError: An option is out of its range, or the parameters are on several devices.
+        TypeError: ``lr`` is not a number.
+    """
+    group = param_groups[-1]
+    _check_devices(group["params"], len(param_groups) - 1)
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    group["lr"] = float(lr)
+    group["initial_lr"] = float(group.get("initial_lr", lr))
+    group.setdefault("skipped_steps", 0)
+    move_group(group, _joining_position(group, param_groups[0]))
+    check_group(group)
 
 
 def position_of(group: Mapping[str, Any]) -> Position:
-    """Where a group's schedule stands, as numbers."""
+    """A group's place in its schedule, as numbers; synchronizes if it is on a GPU."""
     return Position(*(_number(group[name]) for name in Position._fields))
 
 
@@ -117,13 +123,13 @@ def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) 
 
 
 def sync_group(group: MutableMapping[str, Any], lr_before: object) -> None:
-    """Takes a change of a group's options over; called before the first step that sees it.
+    """Applies changes of a group's options; called before the first step that sees them.
 
     Args:
         group: A param group.
-        lr_before: The object that ``lr`` was after the last step; None before the first. If it
-            still is, the LR is computed anew, for the schedule may have changed; if not, it was
-            set by hand and holds for the next step.
+        lr_before: The object that ``lr`` was after the last step; None before the first. If it is
+            still that object, the LR is computed anew, because the schedule may have changed.
+            Otherwise the user has set it, and it holds for the next step.
 
     Raises:
         ValueError: An option is out of its range.
@@ -133,6 +139,28 @@ def sync_group(group: MutableMapping[str, Any], lr_before: object) -> None:
     check_group(group)
     if group["lr"] is lr_before:
         move_group(group, position_of(group))
+
+
+def _joining_position(group: dict[str, Any], first: dict[str, Any]) -> Position:
+    schedule = CosineWarmRestarts.of_group(group)
+    if first is group:
+        return schedule.position(0)
+    # A group with the same cycles joins the first group's cycle, even after a restart() call.
+    if (
+        replace(CosineWarmRestarts.of_group(first), lr=schedule.lr, eta_min=schedule.eta_min)
+        == schedule
+    ):
+        return position_of(first)
+    return schedule.position(position_of(first).step)
+
+
+def _check_devices(params: list[Tensor], group: int) -> None:
+    for i, param in enumerate(params):
+        if param.device != params[0].device:
+            raise ValueError(
+                f'param_groups[{group}]["params"][{i}] is on {param.device}, but params[0] is on '
+                f"{params[0].device}; give each device a param group of its own"
+            )
 
 
 def _number(value: Any) -> Any:

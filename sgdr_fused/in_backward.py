@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-from weakref import ref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sgdr_fused.optimizer import FusedSGDR
-    from sgdr_fused.reference import Clipping
+from sgdr_fused.options import Clipping
 
 __all__ = ["StepInBackward", "refuse_clipping"]
 
 
 class StepInBackward:
-    """The hooks by which parameters are updated.
+    """The hooks that update each parameter as soon as its gradient is complete.
 
     See :meth:`~sgdr_fused.FusedSGDR.step_in_backward`.
 
     Args:
-        optimizer: Whose parameters they are.
+        param_groups: The optimizer's.
+        step_param: A method of the optimizer that updates one parameter, given its index over all
+            groups. The hooks do not keep the optimizer alive.
 
-    Raises:
-        ValueError: An option needs all gradients at once.
+    Attributes:
+        is_active: Whether the hooks are registered, that is, :meth:`remove` was not called.
     """
 
-    def __init__(self, optimizer: FusedSGDR) -> None:
-        refuse_clipping(optimizer._clipping)
-        self._optimizer = ref(optimizer)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+    def __init__(
+        self, param_groups: Sequence[Mapping[str, Any]], step_param: Callable[[int], None]
+    ) -> None:
+        self.is_active = True
+        self._step_param = WeakMethod(step_param)
+        params = [param for group in param_groups for param in group["params"]]
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(index))
             for index, param in enumerate(params)
@@ -41,22 +44,24 @@ class StepInBackward:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        optimizer = self._optimizer()
-        if optimizer is not None and optimizer._in_backward is self:
-            optimizer._in_backward = None
+        self.is_active = False
 
-    def _hook(self, index: int):  # type: ignore[no-untyped-def]
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
         def update(param: Tensor) -> None:
-            optimizer = self._optimizer()
-            if optimizer is not None:
-                optimizer._step_param(index)
+            step_param = self._step_param()
+            if step_param is not None:
+                step_param(index)
                 param.grad = None
 
         return update
 
 
 def refuse_clipping(clipping: Clipping) -> None:
-    """Raises for options that need all gradients before the first update."""
+    """Raises for an option that needs all gradients before the first update.
+
+    Raises:
+        ValueError: ``max_grad_norm`` or ``skip_nonfinite`` is set.
+    """
     for name, value in clipping._asdict().items():
         if value:
             raise ValueError(

@@ -1,33 +1,39 @@
-"""To and from the pair of torch.optim.SGD and CosineAnnealingWarmRestarts."""
+"""Conversion from and to the pair of torch.optim.SGD and CosineAnnealingWarmRestarts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from sgdr_fused.groups import check_group, position_of
+from sgdr_fused.options import GROUP_OPTIONS, Clipping, Support
 from sgdr_fused.schedule import CosineWarmRestarts, Position
 
-if TYPE_CHECKING:
-    from sgdr_fused.optimizer import FusedSGDR
+__all__ = ["arguments_of_pair", "continue_pair", "to_pair"]
 
-__all__ = ["from_pair", "to_pair"]
+# The options that torch.optim.SGD has.
+_SHARED = tuple(option.name for option in GROUP_OPTIONS if option.pair is Support.BY_NAME)
+# The options that the scheduler has once for all groups, in its own units.
+_OF_SCHEDULER = tuple(option.name for option in GROUP_OPTIONS if option.pair is Support.CONVERTED)
 
-# The options that both sides know under one name.
-_SHARED = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
+def arguments_of_pair(
+    sgd: torch.optim.SGD, scheduler: CosineAnnealingWarmRestarts
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The pair's param groups and schedule, as arguments of FusedSGDR.
 
-def from_pair(
-    cls: type[FusedSGDR],
-    sgd: torch.optim.SGD,
-    scheduler: CosineAnnealingWarmRestarts,
-    *,
-    steps_per_epoch: int,
-    **options: Any,
-) -> FusedSGDR:
-    """See :meth:`FusedSGDR.from_pair`."""
+    Args:
+        sgd: The optimizer.
+        scheduler: Its scheduler.
+
+    Raises:
+        TypeError: The two are not such a pair.
+        ValueError: The pair cannot be continued.
+    """
     if type(sgd) is not torch.optim.SGD:
         raise TypeError(f"Expected sgd to be a torch.optim.SGD, but got {type(sgd).__name__}")
     if type(scheduler) is not CosineAnnealingWarmRestarts:
@@ -38,39 +44,51 @@ def from_pair(
     if scheduler.optimizer is not sgd:
         raise ValueError("the scheduler belongs to another optimizer; pass the one it was made for")
     if any(group["differentiable"] for group in sgd.param_groups):
-        raise ValueError("sgd has differentiable=True, which FusedSGDR cannot do")
-
+        raise ValueError("sgd has differentiable=True, which FusedSGDR does not support")
     names = ("params", "param_names", *_SHARED)
     groups = [
         {name: group[name] for name in names if name in group} | {"initial_lr": float(base_lr)}
         for group, base_lr in zip(sgd.param_groups, scheduler.base_lrs, strict=True)
     ]
-    optimizer = cls(
-        groups,
-        T_0=scheduler.T_0,
-        T_mult=scheduler.T_mult,
-        eta_min=scheduler.eta_min,
-        steps_per_epoch=steps_per_epoch,
-        **options,
-    )
-    for own, group in zip(optimizer.param_groups, sgd.param_groups, strict=True):
-        own.update(_position_of(scheduler, steps_per_epoch)._asdict(), lr=float(group["lr"]))
+    schedule = {name: getattr(scheduler, name) for name in ("T_0", "T_mult", "eta_min")}
+    return groups, schedule
+
+
+def continue_pair(
+    param_groups: Sequence[MutableMapping[str, Any]],
+    state: MutableMapping[Tensor, Any],
+    sgd: torch.optim.SGD,
+    scheduler: CosineAnnealingWarmRestarts,
+    steps_per_epoch: int,
+) -> None:
+    """Puts a new FusedSGDR where the pair is: position, LR and momentum buffers.
+
+    Args:
+        param_groups: The new optimizer's, made from :func:`arguments_of_pair`.
+        state: The new optimizer's.
+        sgd: The optimizer to continue.
+        scheduler: Its scheduler.
+        steps_per_epoch: Optimizer steps in one unit of the scheduler's ``T_0``.
+
+    Raises:
+        ValueError: The scheduler's position is not a whole number of steps, or ``lr`` is invalid.
+    """
+    position = _position_of(scheduler, steps_per_epoch)
+    for own, group in zip(param_groups, sgd.param_groups, strict=True):
+        own.update(position._asdict(), lr=float(group["lr"]))
         check_group(own)
         for param in group["params"]:
             buffer = sgd.state.get(param, {}).get("momentum_buffer")
             if buffer is not None:
-                optimizer.state[param]["momentum_buffer"] = buffer
-    optimizer._sync()
-    return optimizer
+                state[param]["momentum_buffer"] = buffer
 
 
 def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -> Position:
     T_cur = scheduler.T_cur * steps_per_epoch
     if abs(T_cur - round(T_cur)) > 1e-6:
         raise ValueError(
-            f"the scheduler stands at T_cur={scheduler.T_cur}, which is not a whole "
-            "number of steps "
-            f"at steps_per_epoch={steps_per_epoch}; pass the number of optimizer steps in an epoch"
+            f"the scheduler is at T_cur={scheduler.T_cur}, which is not a whole number of steps at "
+            f"steps_per_epoch={steps_per_epoch}; pass the number of optimizer steps in an epoch"
         )
     if scheduler.T_mult == 1:
         cycle = int(scheduler.last_epoch) // scheduler.T_0
@@ -78,26 +96,35 @@ def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -
         cycle = 0
         while scheduler.T_0 * scheduler.T_mult**cycle < scheduler.T_i:
             cycle += 1
-    # The steps of the cycles before this one; scheduler.last_epoch has lost the fraction of an
-    # epoch.
+    # Computed from the cycles, because scheduler.last_epoch has lost the fraction of an epoch.
     before = sum(scheduler.T_0 * scheduler.T_mult**i for i in range(cycle)) * steps_per_epoch
     return Position(before + round(T_cur), cycle, round(T_cur), scheduler.T_i * steps_per_epoch)
 
 
-def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmRestarts]:
-    """See :meth:`FusedSGDR.to_pair`."""
-    for name in ("max_grad_norm", "skip_nonfinite"):
-        if getattr(optimizer, name):
+def to_pair(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], clipping: Clipping
+) -> tuple[torch.optim.SGD, CosineAnnealingWarmRestarts]:
+    """The pair that continues a FusedSGDR; see :meth:`~sgdr_fused.FusedSGDR.to_pair`.
+
+    Args:
+        groups: The optimizer's param groups, with numbers.
+        state: The optimizer's; the pair gets the same momentum buffers.
+        clipping: The options of the whole optimizer.
+
+    Raises:
+        ValueError: An option has no counterpart in the pair; the message says which.
+    """
+    for name, value in clipping._asdict().items():
+        if value:
             raise ValueError(
-                f"the optimizer has {name}={getattr(optimizer, name)!r}, for which the pair has no "
-                "counterpart; unset it first"
+                f"the optimizer has {name}={value!r}, for which the pair has no counterpart; "
+                "unset it first"
             )
-    groups, state = optimizer._on_host()
     first = groups[0]
     for i, group in enumerate(groups):
         _check_expressible(group, first, i)
 
-    # In the scheduler's unit: calls of scheduler.step().
+    # The scheduler counts calls of scheduler.step().
     epoch = first["steps_per_epoch"]
     per_call = epoch if first["anneal"] == "epoch" else 1
     position = position_of(first)
@@ -129,34 +156,28 @@ def to_pair(optimizer: FusedSGDR) -> tuple[torch.optim.SGD, CosineAnnealingWarmR
 def _check_expressible(group: dict[str, Any], first: dict[str, Any], index: int) -> None:
     schedule = CosineWarmRestarts.of_group(group)
     position = position_of(group)
-    for name, wanted in (
-        ("cycle_decay", 1),
-        ("n_cycles", None),
-        ("reset_momentum", False),
-        ("decoupled_weight_decay", False),
-        ("ema_decay", None),
-        ("momentum_dtype", None),
-        ("stochastic_rounding", False),
-        ("master_weights", False),
-        ("T_mult", int(schedule.T_mult)),
-    ):
-        if group[name] != wanted and (
-            name != "decoupled_weight_decay" or group["weight_decay"] != 0
-        ):
+    expressible = {
+        option.name: option.default
+        for option in GROUP_OPTIONS
+        if option.pair is Support.DEFAULT_ONLY
+    }
+    if group["weight_decay"] == 0:
+        del expressible["decoupled_weight_decay"]
+    expressible["T_mult"] = int(schedule.T_mult)
+    for name, value in expressible.items():
+        if group[name] != value:
             raise ValueError(
-                f"param_groups[{index}] has {name}={group[name]!r}, for which the pair "
-                "has no counterpart; "
-                f"set it to {wanted!r} first"
+                f"param_groups[{index}] has {name}={group[name]!r}, for which the pair has no "
+                f"counterpart; set it to {value!r} first"
             )
     if position.T_cur < 0:
         raise ValueError(
             f"param_groups[{index}] is in its warm-up, for which the pair has no counterpart; "
-            f"hand over after step {schedule.warmup_steps}"
+            f"call to_pair() after step {schedule.warmup_steps}"
         )
-    for name in ("T_0", "T_mult", "eta_min", "steps_per_epoch", "anneal", *Position._fields):
+    for name in (*_OF_SCHEDULER, *Position._fields):
         if group[name] != first[name]:
             raise ValueError(
-                f"param_groups[{index}] has {name}={group[name]!r}, but "
-                f"param_groups[0] has {first[name]!r}; "
-                "the pair has one schedule for all groups"
+                f"param_groups[{index}] has {name}={group[name]!r}, but param_groups[0] has "
+                f"{first[name]!r}; the pair has one schedule for all groups"
             )

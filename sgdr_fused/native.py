@@ -1,13 +1,14 @@
-"""Finds the native extension, or says why there is none."""
+"""Loads the native extension, or says why there is none."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["extension", "why_missing"]
+__all__ = ["extension", "is_profiling", "why_missing"]
 
 REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -21,7 +22,7 @@ def _load() -> tuple[Any, str]:
             "the native extension was not built when sgdr_fused was installed "
             "(was there a C++ compiler, and torch?); " + REBUILD
         )
-    # Before it is loaded: another torch's layouts would crash it, not raise.
+    # Checked before loading: with another torch's layouts the extension would crash, not raise.
     if built_for != torch.__version__:
         return None, (
             f"the native extension was built for torch {built_for}, "
@@ -34,3 +35,6 @@ def _load() -> tuple[Any, str]:
 
 
 extension, why_missing = _load()
+
+is_profiling: Callable[[], bool] = getattr(extension, "is_profiling", lambda: True)
+"""Whether a profiler is recording; always True without the extension, which is asked for it."""

@@ -1,44 +1,48 @@
-"""A hook that is called where a cycle ends."""
+"""A hook that is called when a cycle ends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sgdr_fused.groups import position_of
-
-if TYPE_CHECKING:
-    from sgdr_fused.optimizer import FusedSGDR
 
 __all__ = ["RestartHook"]
 
 
 class RestartHook:
-    """A registered hook, to be removed with :meth:`remove` or at the end of a ``with`` block.
+    """A registered hook; :meth:`remove` or the end of a ``with`` block unregisters it.
 
     See :meth:`~sgdr_fused.FusedSGDR.register_restart_hook`.
 
     Args:
-        optimizer: Whose cycles they are.
-        hook: What to call.
-        group: Index of the param group that says where a cycle ends.
+        optimizer: The optimizer whose cycles end, and the hook's argument.
+        hook: The function to call.
+        group: Index of the param group whose cycles count.
+        registered: The optimizer's hooks, this one among them until it is removed. The optimizer
+            calls their :meth:`after_restart`.
 
     Raises:
         IndexError: There is no such group.
     """
 
     def __init__(
-        self, optimizer: FusedSGDR, hook: Callable[[FusedSGDR], object], group: int
+        self,
+        optimizer: Optimizer,
+        hook: Callable[[Any], object],
+        group: int,
+        registered: list[RestartHook],
     ) -> None:
         self._hook = hook
         if not -len(optimizer.param_groups) <= group < len(optimizer.param_groups):
             raise IndexError(
                 f"group={group} is none of the {len(optimizer.param_groups)} param groups"
             )
-        # Counted from the front, so that a group that is added later does not change it.
+        # An index from the front stays right when a group is added.
         self._index = group % len(optimizer.param_groups)
         self._optimizer = optimizer
         self._step_before: Any = None
@@ -46,15 +50,15 @@ class RestartHook:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
-        optimizer._restart_hooks = (*optimizer._restart_hooks, self)
+        self._registered = registered
+        registered.append(self)
 
     def remove(self) -> None:
-        """Calls the hook no more."""
+        """Unregisters the hook."""
         for step_hook in self._step_hooks:
             step_hook.remove()
-        self._optimizer._restart_hooks = tuple(
-            hook for hook in self._optimizer._restart_hooks if hook is not self
-        )
+        if self in self._registered:
+            self._registered.remove(self)
 
     def __enter__(self) -> RestartHook:
         return self
@@ -68,18 +72,18 @@ class RestartHook:
         self.remove()
 
     def _before_step(self, *_: object) -> None:
-        # On a GPU a tensor, for which nobody waits here.
+        # On a GPU this is a tensor; copying it does not synchronize.
         step = self._group_now()["step"]
         self._step_before = step.clone() if isinstance(step, Tensor) else step
 
     def _after_step(self, *_: object) -> None:
-        # A skipped step stays where a cycle may have ended before.
+        # After a skipped step the group may still be where a cycle has ended before.
         step, cycle, T_cur, _T_i = position_of(self._group_now())
         if T_cur == 0 < cycle and step == int(self._step_before) + 1:
             self._hook(self._optimizer)
 
     def after_restart(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Calls the hook if its group is among those that were restarted by hand."""
+        """Calls the hook if its group is among those that ``restart()`` has restarted."""
         if any(group is self._group_now() for group in groups):
             self._hook(self._optimizer)
 

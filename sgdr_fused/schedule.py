@@ -1,7 +1,6 @@
 """The cosine schedule with warm restarts, in closed form and plain Python.
 
-The native backends advance the same schedule step by step; this file is what they are tested
-against.
+The native backends advance the same schedule step by step, and are tested against this file.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ __all__ = ["CosineWarmRestarts", "Position", "fit_T_0"]
 
 Anneal = Literal["step", "epoch"]
 
-# Cycles this long never end; up to here every length is an exact double.
+# Every cycle length up to here is an exact double; a longer cycle is cut to it.
 _LONGEST_CYCLE = 2**53
 
 
 class Position(NamedTuple):
-    """Where a schedule stands before its next step.
+    """A place in the schedule, before a step.
 
     Attributes:
         step: Optimizer steps applied so far.
-        cycle: Cycles completed, or cut short by a restart.
+        cycle: Cycles that have ended, by their length or by a restart.
         T_cur: Steps since the cycle began; below zero during warm-up.
         T_i: Length of the cycle in steps.
     """
@@ -48,21 +47,21 @@ class CosineWarmRestarts:
         \frac{1 + \cos(\pi \, T_{cur} / T_i)}{2}, \qquad T_{cur} = 0, \dots, T_i - 1.
 
     With the default options this is :class:`torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`,
-    stepped once an optimizer step, to the bit; and exact at the restarts where the latter's
-    ``step(epoch)`` is not.
+    stepped once an optimizer step, to the bit. At restarts it is exact where ``step(epoch)`` of the
+    torch scheduler is not.
 
     Args:
         lr: Peak of the first cycle, :math:`\eta_{max}`.
         T_0: Length of the first cycle, in epochs of ``steps_per_epoch`` steps.
         T_mult: Factor by which each cycle is longer than the one before; a real number >= 1.
-        eta_min: LR that each cycle falls towards; at most ``lr``.
+        eta_min: LR that each cycle descends to; at most ``lr``.
         steps_per_epoch: Optimizer steps in an epoch, the unit of ``T_0``.
         anneal: ``"step"`` changes the LR at each step; ``"epoch"`` keeps it for an epoch, as when
             torch's ``scheduler.step()`` is called once an epoch.
         warmup_steps: Steps of a linear ramp, once, before the first cycle.
-        warmup_start_lr: LR at the foot of that ramp.
-        cycle_decay: Factor by which each cycle's peak, taken from ``eta_min``, is lower than the
-            one before.
+        warmup_start_lr: LR of the ramp's first step.
+        cycle_decay: Factor by which each cycle's peak, measured from ``eta_min``, is lower than
+            the one before.
         n_cycles: Number of cycles after which the LR stays at ``eta_min``; None: endless.
 
     Raises:
@@ -96,8 +95,8 @@ class CosineWarmRestarts:
                 )
         if self.T_0 * self.steps_per_epoch > _LONGEST_CYCLE:
             raise ValueError(
-                f"T_0={self.T_0} epochs of steps_per_epoch={self.steps_per_epoch} are "
-                "more than 2**53 steps; lower one"
+                f"T_0={self.T_0} epochs of steps_per_epoch={self.steps_per_epoch} are more than "
+                "2**53 steps; lower one of them"
             )
         if self.n_cycles is not None and (not _is_int(self.n_cycles) or self.n_cycles < 1):
             raise ValueError(
@@ -115,9 +114,8 @@ class CosineWarmRestarts:
                 raise ValueError(f"Expected a finite {name} >= 0, but got {name}={value!r}")
         if self.eta_min > self.lr:
             raise ValueError(
-                f"eta_min={self.eta_min} is above lr={self.lr}, so the LR would rise "
-                "within a cycle; "
-                "lower eta_min or raise lr (each param group can have its own)"
+                f"eta_min={self.eta_min} is above lr={self.lr}, so the LR would rise within a "
+                "cycle; lower eta_min or raise lr (each param group can have its own)"
             )
         if self.anneal not in get_args(Anneal):
             raise ValueError(f'Expected anneal="step" or "epoch", but got anneal={self.anneal!r}')
@@ -148,7 +146,7 @@ class CosineWarmRestarts:
         return round(length) if length < _LONGEST_CYCLE else _LONGEST_CYCLE
 
     def position(self, step: int) -> Position:
-        """Where the schedule stands after ``step`` steps without a call of ``restart()``.
+        """The schedule's position after ``step`` steps without a call of ``restart()``.
 
         Args:
             step: Number of steps applied, >= 0.
@@ -183,20 +181,19 @@ class CosineWarmRestarts:
         """The position after a warm restart now.
 
         Args:
-            position: Where the schedule stands.
+            position: The position before the restart.
 
         Returns:
             The start of the next cycle, at the same step.
 
         Raises:
-            ValueError: There is no next cycle, because of ``n_cycles``.
+            ValueError: ``n_cycles`` allows no further cycle.
         """
         cycle = position.cycle + 1
         if self.is_over(cycle):
             raise ValueError(
                 f"restart() would begin cycle {cycle}, but the schedule ends after "
-                f"n_cycles={self.n_cycles}; "
-                "raise n_cycles or set it to None"
+                f"n_cycles={self.n_cycles}; raise n_cycles or set it to None"
             )
         return Position(position.step, cycle, 0, self.cycle_length(cycle))
 
@@ -231,13 +228,13 @@ class CosineWarmRestarts:
         return self.lr_of(self.position(step))
 
     def restarts(self, total_steps: int) -> list[int]:
-        """The steps below ``total_steps`` at which a new cycle begins, the first cycle left out.
+        """The steps below ``total_steps`` at which a cycle other than the first begins.
 
         Args:
             total_steps: Length of the training in steps.
 
         Returns:
-            Step numbers in rising order.
+            Step numbers in ascending order.
         """
         starts = []
         cycle, start = 0, self.warmup_steps + self.cycle_length(0)
@@ -252,11 +249,10 @@ def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
     """The longest first cycle for which ``n_cycles`` cycles fit into a budget.
 
     The best weights of an SGDR run are those at the end of a cycle, so a budget should end there.
-    Warm-up is not
-    counted: subtract it first.
+    Warm-up does not count: subtract it first.
 
     Args:
-        total_steps: The budget, in the unit that ``T_0`` is to have (epochs, or steps).
+        total_steps: The budget, in the unit of ``T_0`` (epochs or steps).
         n_cycles: Number of cycles wanted.
         T_mult: Factor by which each cycle is longer than the one before.
 
@@ -293,7 +289,7 @@ def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
 
 
 def _power(base: float, exponent: int) -> float:
-    # By squaring, as in csrc/sgdr_math.h: the same multiplications, hence the same bits.
+    # By squaring: the same multiplications as in csrc/sgdr_math.h, hence the same bits.
     result, base = 1.0, float(base)
     while exponent > 0:
         if exponent & 1:

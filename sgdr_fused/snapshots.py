@@ -1,4 +1,4 @@
-"""Snapshot ensembles: the weights at the end of each cycle, averaged in what they predict."""
+"""Snapshot ensembles: average the predictions of the weights at the end of each cycle."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _NAME = re.compile(r"snapshot-(\d{6,})\.pt")
 
 
 class Snapshots:
-    """Keeps a model's weights at each cycle's end, and predicts with all that are kept.
+    """Keeps a model's weights at the end of each cycle, and predicts with all of them.
 
-    At the end of a cycle the LR is at its lowest and the weights are in a minimum, which the
-    restart leaves for another: the mean of what they predict is better than each of them.
+    At the end of a cycle the LR is at its lowest and the weights are in a minimum. The restart
+    leaves it for another one, and the mean of their predictions is better than each of them.
 
     Args:
         model: The model that is trained.
-        optimizer: What trains it; group 0 says where the cycles end.
-        keep: How many to keep, the latest; None: all.
-        folder: Where to keep them, one file each, named after the cycle; what is there already is
-            taken over. None: in the CPU's memory. Of several processes each needs a folder of its
-            own, or one of them takes the snapshots.
+        optimizer: Its optimizer; the cycles are those of group 0.
+        keep: Number of snapshots to keep, the latest; None: all.
+        folder: Folder to keep them in, one file each, named after the cycle; snapshots that are
+            there already count. None: in the CPU's memory. With several processes, give each a
+            folder of its own, or take the snapshots in one process only.
 
     Raises:
-        ValueError: ``keep`` is below 1 or no integer.
+        ValueError: ``keep`` is not an integer >= 1.
 
     Example:
         >>> snapshots = Snapshots(model, optimizer, keep=3)
@@ -79,14 +79,14 @@ class Snapshots:
     def update(self) -> bool:
         """Takes a snapshot if the last step has ended a cycle; call it after each step.
 
-        Where the optimizer's state is on a GPU, this waits for the GPU. With cycles of whole epochs
-        (``steps_per_epoch``) a call at the end of each epoch is enough.
+        If the optimizer's state is on a GPU, this synchronizes. With cycles of whole epochs
+        (``steps_per_epoch``), a call at the end of each epoch is enough.
 
         Returns:
-            Whether one was taken.
+            Whether a snapshot was taken.
         """
         before, self._step_seen = self._step_seen, self._step_now()
-        # A skipped step, or none at all, stays where a cycle may have ended before.
+        # Without an applied step, the cycle that has ended already has its snapshot.
         if not self.optimizer.is_cycle_end or self._step_seen == before:
             return False
         self.take(self.optimizer.cycle - 1)
@@ -99,11 +99,11 @@ class Snapshots:
         """Keeps the weights and buffers as they are now.
 
         Args:
-            cycle: Under which index. One of that index is replaced, and those of later cycles are
-                dropped: they are of a training that was taken up again from before them.
+            cycle: Index of the snapshot. A snapshot of that index is replaced. Snapshots of later
+                cycles are deleted: the training has been resumed from before them.
 
         Raises:
-            TypeError: A weight is in shards, as under FSDP2.
+            TypeError: A weight is sharded, as under FSDP2.
         """
         weights = {
             name: value.detach().to("cpu", copy=True)
@@ -126,7 +126,9 @@ class Snapshots:
             KeyError: There is no snapshot of that cycle.
         """
         if cycle not in self.cycles:
-            raise KeyError(f"no snapshot of cycle {cycle}; there are those of {self.cycles}")
+            raise KeyError(
+                f"no snapshot of cycle {cycle}; there are snapshots of cycles {self.cycles}"
+            )
         if self.folder is None:
             return {name: value.clone() for name, value in self._in_memory[cycle].items()}
         loaded: dict[str, Tensor] = torch.load(self._path(cycle), weights_only=True)
@@ -134,24 +136,24 @@ class Snapshots:
 
     @contextmanager
     def swapped_in(self, cycle: int) -> Iterator[nn.Module]:
-        """Within the ``with`` block the model has the weights at the end of a cycle.
+        """Gives the model the weights at the end of a cycle, within a ``with`` block.
 
         Raises:
             KeyError: There is no snapshot of that cycle.
-            ValueError: The snapshot is of another model. The model is as it was.
+            ValueError: The snapshot is of another model; the model is as it was.
         """
         weights, current = self.load(cycle), _whole_tensors(self.model)
         for name in sorted(weights.keys() | current.keys()):
-            found, expected = (_shape(tensors.get(name)) for tensors in (weights, current))
+            found, expected = (_shape_in_words(tensors.get(name)) for tensors in (weights, current))
             if found != expected:
                 raise ValueError(
-                    f"the snapshot of cycle {cycle} is of another model: {name!r} has {found} in "
-                    f"it, in the model {expected}; use a folder={str(self.folder)!r} of its own "
+                    f"the snapshot of cycle {cycle} is of another model: {name!r} {found} in it, "
+                    f"but {expected} in the model; use a folder={str(self.folder)!r} of its own "
                     "for each model"
                 )
         own = {name: value.clone() for name, value in current.items()}
         try:
-            # Not strictly, for what the model says of itself besides tensors.
+            # Not strict, because a state_dict may also hold values that are not tensors.
             self.model.load_state_dict(weights, strict=False)
             yield self.model
         finally:
@@ -163,18 +165,19 @@ class Snapshots:
         inputs: Any,
         of_output: Callable[[Any], Tensor] = lambda output: torch.softmax(output, dim=-1),
     ) -> Tensor:
-        """The mean over the snapshots of what the model predicts, in evaluation mode.
+        """The mean of the snapshots' predictions, in evaluation mode.
 
         Args:
-            inputs: What the model is called with.
-            of_output: What the mean is taken of: by default the softmax of the last dimension.
+            inputs: The model's argument.
+            of_output: Makes a prediction of the model's output; by default the softmax over the
+                last dimension.
 
         Returns:
-            The mean, of the shape that ``of_output`` gives.
+            The mean, of the shape of a prediction.
 
         Raises:
             RuntimeError: There is no snapshot yet.
-            ValueError: One is of another model.
+            ValueError: A snapshot is of another model.
         """
         cycles = self.cycles
         if not cycles:
@@ -205,23 +208,23 @@ class Snapshots:
 
 
 def _whole_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors in a model's state_dict, which may hold anything besides."""
+    """The tensors in a model's state_dict, which may also hold other values."""
     tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     for name, value in tensors.items():
         if hasattr(value, "placements"):
             raise TypeError(
-                f"{name!r} is in shards, and a snapshot is of whole tensors; save the model with "
+                f"{name!r} is in shards, but a snapshot needs whole tensors; save the model with "
                 "torch.distributed.checkpoint in a hook of optimizer.register_restart_hook()"
             )
     return tensors
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "no place" if tensor is None else f"the shape {tuple(tensor.shape)}"
+def _shape_in_words(tensor: Tensor | None) -> str:
+    return "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
 
 
 def _write(path: Path, weights: dict[str, Tensor]) -> None:
-    """All of the file or nothing of it, also if the machine fails."""
+    """Writes the whole file or, if writing fails, none."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(descriptor, "wb") as file:

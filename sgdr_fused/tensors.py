@@ -1,4 +1,4 @@
-"""What a step accepts as parameters, gradients and momentum buffers."""
+"""The tensors of a step: parameters, gradients and state, their dtypes and their checks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgdr_fused.shards import place_in_words, placement_of
+
 __all__ = [
     "arithmetic_dtype",
     "check_tensors",
     "dtypes_of_state",
     "kinds_of_tensors",
-    "local_tensor",
     "named_params",
-    "placed_like",
 ]
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic on a parameter of some dtype; complex for a complex one."""
+    """The dtype in which a parameter of a dtype is updated; complex for a complex one."""
     wide = dtype in (torch.float64, torch.complex128)
     if dtype.is_complex:
         return torch.complex128 if wide else torch.complex64
@@ -35,7 +35,7 @@ def dtypes_of_state(group: Mapping[str, Any], param: Tensor) -> dict[str, torch.
         param: The parameter.
 
     Raises:
-        ValueError: The group's momentum_dtype is not for this parameter.
+        ValueError: The group has a momentum_dtype, and the parameter is complex.
     """
     dtypes = {}
     has_master = group["master_weights"] and param.dtype in (torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ def dtypes_of_state(group: Mapping[str, Any], param: Tensor) -> dict[str, torch.
         momentum_dtype = group["momentum_dtype"]
         if momentum_dtype is not None and param.is_complex():
             raise ValueError(
-                f"momentum_dtype={momentum_dtype} is for real parameters, but one is of dtype "
+                f"momentum_dtype={momentum_dtype} is for real parameters, but one has dtype "
                 f"{param.dtype}; give the complex ones a param group without momentum_dtype"
             )
         dtypes["momentum_buffer"] = momentum_dtype or (torch.float32 if has_master else param.dtype)
@@ -57,54 +57,13 @@ def dtypes_of_state(group: Mapping[str, Any], param: Tensor) -> dict[str, torch.
 def named_params(
     param_groups: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, Mapping[str, Any], Tensor]]:
-    """Each parameter with its group and the name that error messages call it by."""
+    """Each parameter with its name for error messages, and its group."""
     for i, group in enumerate(param_groups):
         for j, param in enumerate(group["params"]):
             name = f'param_groups[{i}]["params"][{j}]'
             if "param_names" in group:
                 name += f" ({group['param_names'][j]})"
             yield name, group, param
-
-
-def local_tensor(tensor: Tensor, param: Tensor) -> Tensor | None:
-    """The plain tensor behind a parameter, or behind a gradient or a momentum buffer of it.
-
-    Args:
-        tensor: Any tensor. A DTensor gives its local shard; a gradient is brought to the
-            parameter's placements first.
-        param: The parameter that it belongs to.
-
-    Returns:
-        A tensor that shares the shard's memory; None for tensor subclasses that are not known, and
-        for what cannot be updated in place because it is not placed as the parameter is.
-    """
-    if not hasattr(tensor, "to_local"):
-        return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else None
-    if _placement_of(tensor) != _placement_of(param):
-        if tensor is not param.grad:
-            return None
-        tensor = tensor.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    local: Tensor = tensor.to_local()
-    # The result of a collective that may be under way.
-    return local.wait() if hasattr(local, "wait") else local
-
-
-def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor of the parameter's shape, in shards where and as the parameter's are.
-
-    Args:
-        param: The parameter.
-        tensor: A DTensor in any placements, or a plain tensor, of which each rank has the whole.
-    """
-    if _placement_of(tensor) == _placement_of(param):
-        return tensor
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    if not hasattr(param, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def check_tensors(
@@ -118,7 +77,7 @@ def check_tensors(
 
     Raises:
         ValueError: Names the parameter, what was found and what to do.
-        RuntimeError: The same, for tensors of which torch.optim.SGD would say so.
+        RuntimeError: The same, where torch.optim.SGD raises a RuntimeError.
     """
     for name, group, param in named_params(param_groups):
         if not isinstance(param, Tensor):
@@ -128,9 +87,8 @@ def check_tensors(
             continue
         if grad.layout != torch.strided:
             raise RuntimeError(
-                f"{name} has a gradient of layout {grad.layout}; FusedSGDR takes dense "
-                "gradients only: "
-                "use nn.Embedding(sparse=False), or torch.optim.SGD for this parameter"
+                f"{name} has a gradient of layout {grad.layout}; FusedSGDR takes dense gradients "
+                "only: use nn.Embedding(sparse=False), or torch.optim.SGD for this parameter"
             )
         if not param.is_floating_point() and not param.is_complex():
             raise ValueError(
@@ -152,11 +110,11 @@ def check_tensors(
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} has {role}={tensor!r}; it must be a tensor or None")
             _check_fits(name, role, tensor, param)
-            if _placement_of(tensor) != _placement_of(param):
+            if placement_of(tensor) != placement_of(param):
                 raise ValueError(
-                    f"{name} is placed as {_placed(param)}, but its {role} as {_placed(tensor)}; "
-                    "redistribute() one of the two, or put the state into place with "
-                    "load_state_dict()"
+                    f"{name} is placed as {place_in_words(param)}, but its {role} as "
+                    f"{place_in_words(tensor)}; redistribute() one of the two, or let "
+                    "load_state_dict() place the state"
                 )
             if role != "momentum_buffer" and tensor.dtype != dtype:
                 raise ValueError(
@@ -180,25 +138,13 @@ def _check_fits(name: str, role: str, tensor: Tensor, param: Tensor) -> None:
         found, wanted = getattr(tensor, what), getattr(param, what)
         if found != wanted:
             raise ValueError(
-                f"{name} has a {role} of {what} {_plain(found)}, but the parameter's "
-                f"is {_plain(wanted)}; "
-                f"set it to a tensor of that {what}, or to None"
+                f"{name} has a {role} of {what} {_plain(found)}, but the parameter's is "
+                f"{_plain(wanted)}; set it to a tensor of that {what}, or to None"
             )
     if tensor.is_complex() != param.is_complex():
         raise ValueError(
             f"{name} has a {role} of dtype {tensor.dtype}, but the parameter's is {param.dtype}"
         )
-
-
-def _placement_of(tensor: Tensor) -> Any:
-    """The device mesh and the placements of a DTensor; None for a plain tensor."""
-    placements = getattr(tensor, "placements", None)
-    return placements and (tensor.device_mesh, placements)  # type: ignore[attr-defined]
-
-
-def _placed(tensor: Tensor) -> str:
-    placement = _placement_of(tensor)
-    return f"{placement[1]} on {placement[0]}" if placement else "a plain tensor"
 
 
 def _plain(value: object) -> object:

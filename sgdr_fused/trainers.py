@@ -1,4 +1,4 @@
-"""For trainers that insist on a scheduler object: one that shows what the optimizer does itself."""
+"""A scheduler object for trainers that require one; it shows the optimizer's own schedule."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ __all__ = ["SchedulerView", "as_scheduler"]
 
 
 def as_scheduler(optimizer: Optimizer) -> SchedulerView:
-    """A scheduler for trainers that insist on one, as Hugging Face's ``Trainer`` does.
+    """A scheduler for trainers that require one, as Hugging Face's ``Trainer`` does.
 
-    It changes nothing: the optimizer moves its own schedule at each applied step. Where a trainer
-    does not ask for a scheduler, leave it out.
+    It changes nothing: the optimizer moves its own schedule at each applied step. If a trainer
+    does not require a scheduler, pass none.
 
     Args:
-        optimizer: A :class:`~sgdr_fused.FusedSGDR`, or the wrapper that Accelerate or Lightning put
-            around it.
+        optimizer: A :class:`~sgdr_fused.FusedSGDR`, or Accelerate's or Lightning's wrapper of one.
 
     Returns:
         A :class:`torch.optim.lr_scheduler.LRScheduler`.
@@ -45,16 +44,16 @@ def as_scheduler(optimizer: Optimizer) -> SchedulerView:
 
 
 class SchedulerView(LRScheduler):
-    """The schedule of a :class:`~sgdr_fused.FusedSGDR` under the interface of torch's schedulers.
+    """The schedule of a :class:`~sgdr_fused.FusedSGDR`, with the interface of torch's schedulers.
 
-    ``get_last_lr()`` keeps a scheduler's contract: it changes when ``step()`` is called, not
-    before, so that a trainer which asks between the two logs the LR of the step just taken.
+    ``get_last_lr()`` changes only when ``step()`` is called, as for every scheduler. So a trainer
+    that logs the LR between the optimizer's step and the scheduler's logs the LR of that step.
 
     Args:
-        optimizer: Whose schedule to show.
+        optimizer: The optimizer whose schedule to show.
     """
 
-    # torch's would wrap optimizer.step() and set the LR; neither is wanted.
+    # super().__init__() is not called, because it would wrap optimizer.step() and set the LR.
     def __init__(self, optimizer: FusedSGDR) -> None:
         self.optimizer: FusedSGDR = optimizer
         self.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
@@ -67,10 +66,10 @@ class SchedulerView(LRScheduler):
         return position_of(self.optimizer.param_groups[0]).step
 
     def step(self, epoch: int | None = None, metric: object = None) -> None:
-        """Take note of the LR for ``get_last_lr()``; the optimizer has moved it already.
+        """Update ``get_last_lr()``; the optimizer has moved its schedule already.
 
         Args:
-            epoch: Ignored; :meth:`~sgdr_fused.FusedSGDR.seek` goes to a step.
+            epoch: Ignored; use :meth:`~sgdr_fused.FusedSGDR.seek` to jump to a step.
             metric: Ignored.
         """
         self._step_count += 1
@@ -94,19 +93,19 @@ class SchedulerView(LRScheduler):
         return [*self.optimizer.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``get_last_lr()`` gives; the schedule itself is in the optimizer's state_dict."""
+        """The result of ``get_last_lr()``; the schedule itself is in the optimizer's state_dict."""
         return {"_last_lr": self.get_last_lr()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``get_last_lr()`` gives.
+        """Load the result of ``get_last_lr()``.
 
         Args:
-            state_dict: Of a view like this one, or of the torch scheduler that was there before.
+            state_dict: That of a view like this one, or of a torch scheduler.
         """
         self._last_lr = list(state_dict["_last_lr"])
 
     def _note_lr(self) -> None:
-        # Copies that stay on the GPU, for to read them would wait for it.
+        # Copies stay on the GPU, because reading them would synchronize.
         self._last_lr = [
             group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
             for group in self.optimizer.param_groups

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from sgdr_fused import CosineWarmRestarts
-from sgdr_fused.__main__ import main
-from sgdr_fused.phases import phases_of
-from sgdr_fused.text_plot import curve
+from sgdr_fused.cli.main import main
+from sgdr_fused.cli.phases import phases_of
+from sgdr_fused.cli.text_plot import curve
 
 SCHEDULE = ["schedule", "--T-0", "10", "--T-mult", "2", "--epochs", "100"]
 

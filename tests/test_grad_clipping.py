@@ -19,7 +19,7 @@ from pair import (
 )
 
 from sgdr_fused import FusedSGDR
-from sgdr_fused.grad_norm import sum_of_squares
+from sgdr_fused.reference.norm import sum_of_squares
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 3, "T_mult": 2}
 # Around a lane's row, a chunk and several of them.

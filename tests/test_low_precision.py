@@ -15,7 +15,12 @@ from pair import (
 )
 
 from sgdr_fused import FusedSGDR
-from sgdr_fused.rounding import RandomKey, Rounded, random_bits, round_stochastically
+from sgdr_fused.reference.rounding import (
+    RandomKey,
+    Rounded,
+    random_bits,
+    round_stochastically,
+)
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "T_0": 5}
 # Around a draw of 64 elements, a block of 1024 and a thread's chunk.

@@ -177,10 +177,10 @@ def test_model_with_an_extra_state_predicts(folder):
     [
         (
             torch.nn.Linear(3, 5),
-            r"'bias' has the shape \(2,\) in it, in the model the shape \(5,\)",
+            r"'bias' has shape \(2,\) in it, but has shape \(5,\) in the model",
         ),
-        (torch.nn.Linear(3, 2, bias=False), "'bias' has the shape .* in the model no place"),
-        (torch.nn.Sequential(torch.nn.Linear(3, 2)), "'0.bias' has no place in it"),
+        (torch.nn.Linear(3, 2, bias=False), "'bias' has shape .* but is missing in the model"),
+        (torch.nn.Sequential(torch.nn.Linear(3, 2)), "'0.bias' is missing in it"),
     ],
     ids=["other_shape", "less", "other_names"],
 )

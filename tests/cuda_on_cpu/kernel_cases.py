@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sgdr_fused import FusedSGDR
-from sgdr_fused.grad_norm import norm_of, sum_of_squares
 from sgdr_fused.groups import position_of, sync_group
 from sgdr_fused.reference import Clipping, reference_step
+from sgdr_fused.reference.norm import norm_of, sum_of_squares
 from sgdr_fused.tensors import dtypes_of_state
 
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as in ElementType

@@ -1,155 +1,23 @@
-"""The step in plain PyTorch: the definition that every native backend is tested against."""
+"""One step in plain PyTorch: the update of every parameter, then the schedule's."""
 
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgdr_fused.grad_norm import (
-    clip_coefficient,
-    norm_of,
-    shard_axes,
-    sum_of_squares,
-    sum_over_shards,
-)
-from sgdr_fused.groups import (
-    drop_momentum,
-    is_unchanged,
-    move_group,
-    position_of,
-    sync_group,
-)
-from sgdr_fused.rounding import RandomKey, Rounded, random_bits, round_stochastically
+from sgdr_fused.groups import drop_momentum, move_group, position_of
+from sgdr_fused.options import Clipping
+from sgdr_fused.reference.norm import clip_coefficient, norm_of, sum_of_squares
+from sgdr_fused.reference.rounding import RandomKey, Rounded, random_bits, round_stochastically
 from sgdr_fused.schedule import CosineWarmRestarts
-from sgdr_fused.tensors import arithmetic_dtype, check_tensors, dtypes_of_state, local_tensor
+from sgdr_fused.shards import local_tensor, shard_axes, sum_over_shards
+from sgdr_fused.tensors import arithmetic_dtype, check_tensors, dtypes_of_state
 
-__all__ = ["Clipping", "ReferenceStepper", "reference_step"]
-
-
-class Clipping(NamedTuple):
-    """What the norm of all gradients is for.
-
-    Attributes:
-        max_grad_norm: The gradients are scaled down to at most this norm; None: they are not.
-        skip_nonfinite: A step whose gradients hold an infinity or NaN is skipped.
-    """
-
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-
-    @property
-    def needs_norm(self) -> bool:
-        """Whether the gradients have to be read for it."""
-        return self.max_grad_norm is not None or self.skip_nonfinite
-
-
-class ReferenceStepper:
-    """Stands where the native extension's ``Stepper`` stands: one optimizer's step.
-
-    Args:
-        warning: What to warn of at the first step; empty: nothing.
-    """
-
-    def __init__(self, warning: str = "") -> None:
-        self._warning = warning
-        self._groups_before: list[dict[str, Any]] = []
-        self._clipping = Clipping()
-        self.grad_norm: float | None = None
-
-    def set_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
-        """Sets the options that are the whole optimizer's: see :class:`Clipping`."""
-        self._clipping = Clipping(max_grad_norm, skip_nonfinite)
-
-    def sync(
-        self,
-        param_groups: Sequence[MutableMapping[str, Any]],
-        state: MutableMapping[Tensor, Any],
-    ) -> None:
-        """Takes over what has changed in the groups since they were last seen.
-
-        Args:
-            param_groups: The optimizer's.
-            state: The optimizer's.
-
-        Raises:
-            ValueError: An option is out of its range.
-        """
-        for i, group in enumerate(param_groups):
-            before = self._groups_before[i] if i < len(self._groups_before) else {}
-            if not is_unchanged(group, before):
-                sync_group(group, before.get("lr"))
-                self._groups_before[i : i + 1] = [dict(group)]
-        del self._groups_before[len(param_groups) :]
-
-    # Its roundings are the definition. Without this, torch.compile of torch 2.11 traces what is
-    # called at a graph break, and rounds an add(alpha=...) twice.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def step(
-        self,
-        param_groups: Sequence[MutableMapping[str, Any]],
-        state: MutableMapping[Tensor, Any],
-        grad_scale: float | Tensor | None,
-        found_inf: float | Tensor | None,
-    ) -> bool:
-        """Takes changed options over, then takes the step.
-
-        Args:
-            param_groups: The optimizer's.
-            state: The optimizer's.
-            grad_scale: What the gradients were multiplied by; None: by nothing.
-            found_inf: Not 0: the step is skipped.
-
-        Returns:
-            True: the reference takes every step, or raises.
-
-        Raises:
-            ValueError: An option, gradient or buffer is not valid; nothing was written.
-            RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
-        """
-        if found_inf is not None and float(found_inf) != 0:
-            _count_skipped(param_groups)
-            return True
-        self.sync(param_groups, state)
-        if self._warning:
-            warnings.warn(self._warning, stacklevel=_frames_to_caller())
-            self._warning = ""
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        self.grad_norm = reference_step(param_groups, state, scale, self._clipping)
-        self._groups_before = [dict(group) for group in param_groups]
-        return True
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def step_param(
-        self,
-        param_groups: Sequence[MutableMapping[str, Any]],
-        state: MutableMapping[Tensor, Any],
-        index: int,
-    ) -> bool:
-        """The update of one parameter; the schedule stays.
-
-        Args:
-            param_groups: The optimizer's.
-            state: The optimizer's.
-            index: The parameter's place among those of all groups.
-
-        Returns:
-            True, as for :meth:`step`.
-
-        Raises:
-            ValueError: As for :meth:`step`.
-            RuntimeError: As for :meth:`step`.
-        """
-        self.sync(param_groups, state)
-        check_tensors(param_groups, state)
-        with torch.no_grad():
-            _update_params(param_groups, state, only=index)
-        return True
+__all__ = ["count_skipped", "reference_step", "update_params"]
 
 
 @torch.no_grad()
@@ -166,26 +34,27 @@ def reference_step(
         \min(1, \mathtt{max\_grad\_norm} / (\lVert g \rVert + 10^{-6}))
         \qquad (-g \text{ if maximize}) \\
         g &\leftarrow g + \lambda p \qquad (p \leftarrow p (1 - \eta \lambda) \text{ instead if
-        decoupled}) \\ b &\leftarrow g \text{ at the first step, else } \mu b + (1 - \tau) g \\
+        decoupled}) \\
+        b &\leftarrow g \text{ at the first step, else } \mu b + (1 - \tau) g \\
         p &\leftarrow p - \eta (g + \mu b \text{ if nesterov, else } b) \\
         \bar p &\leftarrow p \text{ at first, else }
         \mathtt{ema\_decay}\, \bar p + (1 - \mathtt{ema\_decay})\, p
 
-    The formula and its order are :class:`torch.optim.SGD`'s; the norm is that of
-    :func:`torch.nn.utils.clip_grad_norm_`, over the gradients of all groups. Arithmetic is in
-    float64 for float64 parameters and in float32 for all others; parameter and buffer are rounded
-    to their own dtype once, at the end.
+    The formula and its order are :class:`torch.optim.SGD`'s. The norm is over the gradients of all
+    groups, as in :func:`torch.nn.utils.clip_grad_norm_`. The arithmetic is in float64 for float64
+    parameters and in float32 for all others; parameter and buffer are rounded to their own dtype
+    once, at the end.
 
     Args:
-        param_groups: Param groups of a :class:`~sgdr_fused.FusedSGDR`; their schedule entries are
-            brought one step forward.
-        state: Momentum buffers, ``state[param]["momentum_buffer"]``, of the parameter's shape;
-            made at a parameter's first step.
-        grad_scale: What the gradients were multiplied by. They are not written back.
+        param_groups: Param groups of a :class:`~sgdr_fused.FusedSGDR`; their schedule advances by
+            one step.
+        state: ``state[param]["momentum_buffer"]`` and, with their options, ``"ema"`` and
+            ``"master_param"``: tensors of the parameter's shape, created at its first step.
+        grad_scale: The factor that the gradients were multiplied by; they are not written.
         clipping: Options of the whole optimizer.
 
     Returns:
-        The norm of the gradients before clipping; None where `clipping` asks for none.
+        The norm of the gradients before clipping; None if ``clipping`` does not need it.
 
     Raises:
         ValueError: A gradient or buffer does not fit its parameter; nothing was written.
@@ -196,24 +65,39 @@ def reference_step(
     if clipping.needs_norm:
         norm = _norm_of_grads(param_groups, grad_scale)
         if clipping.skip_nonfinite and not math.isfinite(norm):
-            _count_skipped(param_groups)
+            count_skipped(param_groups)
             return norm
         if clipping.max_grad_norm is not None:
             coefficient = clip_coefficient(norm, clipping.max_grad_norm)
 
-    _update_params(param_groups, state, grad_scale, coefficient)
+    update_params(param_groups, state, grad_scale, coefficient)
     for group in param_groups:
         _advance_group(group, state)
     return norm
 
 
-def _update_params(
+def count_skipped(param_groups: Iterable[MutableMapping[str, Any]]) -> None:
+    """Counts a skipped step in each group."""
+    for group in param_groups:
+        group["skipped_steps"] += 1
+
+
+def update_params(
     param_groups: Sequence[MutableMapping[str, Any]],
     state: MutableMapping[Tensor, Any],
     grad_scale: float = 1.0,
     coefficient: float = 1.0,
     only: int | None = None,
 ) -> None:
+    """Updates the parameters that have a gradient, and their state; the schedule stays.
+
+    Args:
+        param_groups: The optimizer's.
+        state: The optimizer's.
+        grad_scale: The factor that the gradients were multiplied by.
+        coefficient: The factor that clipping multiplies them by.
+        only: Index over all groups of the one parameter to update; None: all.
+    """
     param_index = -1
     for group in param_groups:
         for param in group["params"]:
@@ -242,21 +126,6 @@ def _norm_of_grads(param_groups: Sequence[MutableMapping[str, Any]], grad_scale:
     return norm_of(sums, grad_scale)
 
 
-def _count_skipped(param_groups: Iterable[MutableMapping[str, Any]]) -> None:
-    for group in param_groups:
-        group["skipped_steps"] += 1
-
-
-def _frames_to_caller() -> int:
-    """The stacklevel at which a warning points to the code that called ``step()``."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(
-        ("sgdr_fused.", "torch.")
-    ):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def _advance_group(group: MutableMapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
     schedule = CosineWarmRestarts.of_group(group)
     position = schedule.advance(position_of(group))
@@ -273,7 +142,7 @@ def _update(
     grad_multiplier: float,
     key: RandomKey,
 ) -> dict[str, Any]:
-    """Updates a parameter and its state; returns what is new in the state."""
+    """Updates a parameter and its state in place; returns the new entries of the state."""
     new: dict[str, Any] = {}
     stored = {}
     for role, dtype in dtypes_of_state(group, param).items():
@@ -328,7 +197,7 @@ def _update(
 def _average(
     group: Mapping[str, Any], p: Tensor, ema: Tensor, of_param: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Takes a parameter into its average; returns the number of weights in an equal one."""
+    """Updates a parameter's average; with "swa" returns the number of weights in it."""
     decay = group["ema_decay"] if of_param.get("ema") is not None else 0.0
     new = {}
     if group["ema_decay"] == "swa":
@@ -352,6 +221,7 @@ def _store(
     key: RandomKey,
     rounded: Rounded,
 ) -> None:
+    """Rounds a value of the arithmetic's dtype to its tensor's, stochastically if asked to."""
     if stored is value:
         return
     if not is_rounded or stored.dtype not in (torch.float16, torch.bfloat16):
@@ -363,14 +233,14 @@ def _store(
 
 
 def _in_order_of_memory(tensor: Tensor, param: Tensor) -> Tensor:
-    """The elements in the order in which the parameter's lie in memory."""
+    """The tensor flattened in the order of the parameter's memory."""
     flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     flat.as_strided(tensor.shape, torch.empty_like(param).stride()).copy_(tensor)
     return flat
 
 
 def _as_real(tensor: Tensor | None, param: Tensor) -> Tensor:
-    """A view as real numbers, of the local shard."""
+    """A view of the local shard as real numbers."""
     assert tensor is not None
     local = local_tensor(tensor, param)
     plain = tensor if local is None else local

@@ -1,10 +1,10 @@
-"""The schedule as a picture."""
+"""The schedule drawn with matplotlib."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgdr_fused.phases import steps_to_draw
+from sgdr_fused.cli.phases import steps_to_draw
 from sgdr_fused.schedule import CosineWarmRestarts
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_schedule"]
 
-# More than a screen has pixels.
+# More points than a screen has pixels across.
 _POINTS = 5000
 
 
@@ -22,17 +22,17 @@ def plot_schedule(schedule: CosineWarmRestarts, total_steps: int, ax: Axes | Non
     Needs matplotlib: ``pip install "sgdr_fused[plot]"``.
 
     Args:
-        schedule: The schedule; ``CosineWarmRestarts.of_group(optimizer.param_groups[0])`` is an
-            optimizer's.
+        schedule: The schedule; that of an optimizer is
+            ``CosineWarmRestarts.of_group(optimizer.param_groups[0])``.
         total_steps: Length of the training in steps.
         ax: Axes to draw into; None: matplotlib's current ones.
 
     Returns:
-        The axes. They count epochs where ``steps_per_epoch`` is above 1, else steps.
+        The axes. Their x-axis is in epochs if ``steps_per_epoch`` is above 1, else in steps.
 
     Raises:
         ValueError: ``total_steps`` is not an integer >= 1.
-        ModuleNotFoundError: There is no matplotlib.
+        ModuleNotFoundError: matplotlib is not installed.
 
     Example:
         >>> schedule = CosineWarmRestarts(lr=0.1, T_0=10, T_mult=2)

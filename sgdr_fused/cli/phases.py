@@ -1,4 +1,4 @@
-"""A schedule cut at its restarts, and the steps at which to look at it: what the drawings need."""
+"""The phases of a schedule, and the steps at which to sample it for a drawing."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["Phase", "phases_of", "steps_to_draw"]
 
 
 class Phase(NamedTuple):
-    """The warm-up, a cycle, or what follows the last of ``n_cycles``.
+    """The warm-up, a cycle, or the time after the last of ``n_cycles``.
 
     Attributes:
         name: ``"warm-up"``, the cycle's index, or ``"end"``.
         start: Its first step.
         steps: Number of its steps within the training.
-        length: Number of its steps; more than ``steps`` if the training ends before it does.
+        length: Number of its steps; more than ``steps`` if the training ends within it.
         first_lr: LR of its first step.
         last_lr: LR of its last step within the training.
     """
@@ -30,16 +30,16 @@ class Phase(NamedTuple):
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether the training ends before it does."""
+        """Whether the training ends within it."""
         return self.steps < self.length
 
 
 def phases_of(schedule: CosineWarmRestarts, total_steps: int) -> list[Phase]:
-    """What a training passes through, in order.
+    """The phases of a training, in order.
 
     Args:
-        schedule: Its schedule.
-        total_steps: Its length in steps.
+        schedule: The schedule.
+        total_steps: Length of the training in steps.
 
     Returns:
         The phases that begin below ``total_steps``.
@@ -60,15 +60,15 @@ def phases_of(schedule: CosineWarmRestarts, total_steps: int) -> list[Phase]:
 
 
 def steps_to_draw(schedule: CosineWarmRestarts, total_steps: int, about: int) -> list[int]:
-    """Steps whose LRs show the whole curve: evenly spread ones, and those around each restart.
+    """Steps whose LRs show the whole curve: evenly spaced ones, and those around each restart.
 
     Args:
         schedule: The schedule.
-        total_steps: Steps from 0 up to here.
-        about: Number of evenly spread ones; a shorter training gives each of its steps.
+        total_steps: Length of the training in steps.
+        about: Number of evenly spaced steps; a shorter training gives all of its steps.
 
     Returns:
-        Step numbers in rising order, the first and the last step among them.
+        Step numbers in ascending order, including the first and the last step.
     """
     about = min(about, total_steps)
     spread = {i * total_steps // about for i in range(about)}

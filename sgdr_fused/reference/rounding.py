@@ -1,4 +1,4 @@
-"""Stochastic rounding to half types, with random numbers that only the element decides."""
+"""Stochastic rounding to float16 and bfloat16, with random numbers from a counter."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _WORD = 0xFFFFFFFF
 
 
 class Rounded(IntEnum):
-    """Which of a parameter's values is rounded."""
+    """The value of a parameter that is rounded."""
 
     PARAM = 0
     MOMENTUM_BUFFER = 1
 
 
 class RandomKey(NamedTuple):
-    """What a step's random numbers for one parameter depend on, besides the element.
+    """All that the random numbers of a parameter at a step depend on, besides the element.
 
     Attributes:
         seed: From 0 to 2^64 - 1.
-        step: Steps that the parameter's group has applied before.
-        param_index: The parameter's place among those of all groups.
+        step: Number of steps that the parameter's group has applied before.
+        param_index: The parameter's index over all groups.
     """
 
     seed: int
@@ -39,8 +39,8 @@ def random_bits(key: RandomKey, rounded: Rounded, numel: int) -> Tensor:
     """16 random bits for each element; see Note [Random bits] in csrc/sgdr_math.h.
 
     Args:
-        key: What they depend on.
-        rounded: The value that they are for.
+        key: Seed, step and parameter.
+        rounded: The value that is rounded with them.
         numel: Number of elements.
 
     Returns:
@@ -63,7 +63,7 @@ def random_bits(key: RandomKey, rounded: Rounded, numel: int) -> Tensor:
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Rounds up with the probability of the part that is cut off, else down.
+    """Rounds away from zero with the probability of the part that is cut off, else towards zero.
 
     Args:
         value: Real numbers; float64 is rounded to float32 first.
@@ -71,7 +71,7 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, bits: Tensor) -> Ten
         bits: From :func:`random_bits`, of the value's shape.
 
     Returns:
-        A tensor of that dtype. Its expectation is the value, as long as that is finite and within
+        A tensor of that dtype. Its expectation is the value, if the value is finite and within
         the dtype's range.
     """
     exact = value.to(torch.float32).contiguous().view(torch.int32).to(torch.int64) & _WORD
@@ -105,7 +105,7 @@ def _philox(counter: list[Tensor], key: int) -> list[Tensor]:
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The upper and the lower word of a product of words, which int64 alone cannot hold."""
+    """The upper and lower word of a product of two words, which would overflow an int64."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = high + (low >> 16)
     return middle >> 16, (middle << 16 | low & 0xFFFF) & _WORD

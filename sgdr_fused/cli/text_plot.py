@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sgdr_fused.phases import Phase, steps_to_draw
+from sgdr_fused.cli.phases import Phase, steps_to_draw
 from sgdr_fused.schedule import CosineWarmRestarts
 
 __all__ = ["Style", "bold", "curve", "cyan", "plain", "table"]
 
 Style = Callable[[str], str]
-"""What makes a piece of text bold, say; ``plain`` leaves it as it is."""
+"""Styles a piece of text, for example in bold."""
 
-# Looked at in each column of the curve.
+# Samples of the LR in each column of the curve.
 _STEPS_IN_A_COLUMN = 16
 _LONGEST_TABLE = 24
 
@@ -23,22 +23,22 @@ def plain(text: str) -> str:
 
 
 def bold(text: str) -> str:
-    """The text as a terminal shows it in bold."""
+    """The text in bold, for a terminal."""
     return f"\x1b[1m{text}\x1b[0m"
 
 
 def cyan(text: str) -> str:
-    """The text as a terminal shows it in cyan."""
+    """The text in cyan, for a terminal."""
     return f"\x1b[36m{text}\x1b[0m"
 
 
 def table(phases: Sequence[Phase], steps_per_epoch: int, style: Style = plain) -> list[str]:
-    """A line for each phase, the middle left out where they are many.
+    """A line for each phase; a long table is cut in the middle.
 
     Args:
-        phases: What the training passes through.
-        steps_per_epoch: Where above 1, lengths are in steps, and there is a column of steps.
-        style: Of the heading.
+        phases: The phases of the training.
+        steps_per_epoch: If it is above 1, lengths are in steps, and there is a column of steps.
+        style: Style of the heading.
 
     Returns:
         The lines.
@@ -75,9 +75,9 @@ def curve(
     Args:
         schedule: The schedule.
         total_steps: Length of the training in steps.
-        width: Characters in a line, the LR's scale included.
-        height: Lines of the drawing, besides the two of the axis.
-        style: Of the curve.
+        width: Characters in a line, including the LR's scale.
+        height: Lines of the drawing, without the two of the axis.
+        style: Style of the curve.
 
     Returns:
         The lines.

@@ -1,0 +1,266 @@
+"""The interface of torch.optim.Optimizer, on top of a Stepper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
+
+from sgdr_fused.checkpoint import CheckpointCall
+from sgdr_fused.compiled import step_groups
+from sgdr_fused.device_state import host_copy
+from sgdr_fused.groups import complete_new_group, with_unique_params
+from sgdr_fused.native import is_profiling
+from sgdr_fused.options import Backend, Clipping
+from sgdr_fused.state_dict import adopted, saved_by_param, with_host_values
+from sgdr_fused.steppers import check_backend, new_stepper, stepper_after_refusal, traced_stepper
+
+__all__ = ["SteppedOptimizer"]
+
+
+class SteppedOptimizer(Optimizer):
+    """An optimizer whose steps a :class:`~sgdr_fused.steppers.Stepper` takes.
+
+    Args:
+        params: As for any torch optimizer.
+        defaults: The options of a param group.
+        clipping: The options of the whole optimizer.
+        backend: Which stepper to use.
+
+    Raises:
+        ValueError: An option is out of its range.
+        RuntimeError: ``backend="native"`` and there is no native backend.
+    """
+
+    # GradScaler then leaves the gradients alone and sets grad_scale and found_inf for the step.
+    _step_supports_amp_scaling = True
+
+    _is_swapped = False
+    # The state_dict that load_state_dict() is loading.
+    _saved_state: Mapping[Tensor, Any] = MappingProxyType({})
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], clipping: Clipping, backend: Backend
+    ) -> None:
+        check_backend(backend)
+        self.backend = backend
+        self._clipping = clipping
+        self._stepper = new_stepper(backend, clipping)
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------
+    # step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, then move the schedule one step on.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            ValueError: A gradient does not fit its parameter, or an option of a group is out of
+                its range.
+            RuntimeError: A gradient is sparse, or ``backend="native"`` cannot run.
+
+        After an error parameters, momentum and schedule are as they were.
+        """
+        if is_compiling():
+            return self._step_in_graph(closure)
+        if not self.state and (call := CheckpointCall.for_new_state(self.param_groups)):
+            call.add_missing_keys(self.param_groups, self.state)
+            return None
+        # Not in a function of its own, because a call costs time.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or is_profiling()
+        ):
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if self._is_swapped:
+            raise RuntimeError(
+                "step() was called within a swap_ema() block, where the parameters are averages; "
+                "leave the block first"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        amp = self.__dict__
+        while not self._stepper.step(
+            self.param_groups, self.state, amp.get("grad_scale"), amp.get("found_inf")
+        ):
+            self._fall_back()
+        return loss
+
+    # torch's own wrapper: the profiler range and the hooks.
+    _observed_step = Optimizer.profile_hook_step(_step)
+
+    def _patch_step_function(self) -> None:
+        # torch would wrap step() of this class and of its subclasses in a profiler range that
+        # takes longer than a small step. step() uses that range only if hooks or a profiler need
+        # it.
+        self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
+
+    def _step_in_graph(self, closure: Callable[[], Any] | None) -> Any:
+        """The step that torch.compile traces: one op for each group, or a graph break."""
+        if closure is None and not (
+            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        ):
+            tensors: tuple[list[Tensor], ...] = ([], [], [], [])
+            if self._init_group(*tensors):
+                amp = self.__dict__
+                step_groups(self.param_groups, tensors, amp.get("grad_scale"), amp.get("found_inf"))
+                return None
+        return self._step_out_of_graph(closure)
+
+    def _init_group(self, *tensors: list[Tensor]) -> bool:
+        """Adds the tensors of the next step to the lists; False if the step cannot be traced.
+
+        torch.compile runs a method of this name instead of tracing it, and makes the tensors in
+        the lists inputs of the graph.
+        """
+        stepper = traced_stepper(self._stepper, self.backend, self._clipping, self.param_groups)
+        if stepper is None or self._is_swapped:
+            return False
+        self._stepper = stepper
+        collected = stepper.collect(self.param_groups, self.state)
+        for own, found in zip(tensors, collected, strict=True):
+            own.extend(found)
+        return True
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step_out_of_graph(self, closure: Callable[[], Any] | None) -> Any:
+        return self.step(closure)
+
+    def _step_param(self, index: int) -> None:
+        """Updates one parameter, given its index over all groups; the schedule stays."""
+        while not self._stepper.step_param(self.param_groups, self.state, index):
+            self._fall_back()
+
+    def _fall_back(self) -> None:
+        self._stepper = stepper_after_refusal(
+            self._stepper, self.backend, self._clipping, self.param_groups, self.state
+        )
+
+    def _set_clipping(self, clipping: Clipping) -> None:
+        self._clipping = clipping
+        self._stepper.set_clipping(*clipping)
+
+    def _sync(self) -> None:
+        self._stepper.sync(self.param_groups, self.state)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses the wrapper by which a torch LR scheduler attaches itself to ``step``."""
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
+            raise TypeError(
+                "FusedSGDR computes its own learning rate, so a torch LR scheduler would overwrite "
+                "it; remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, ... to "
+                "FusedSGDR instead; for a trainer that requires a scheduler use "
+                "sgdr_fused.trainers.as_scheduler(optimizer)"
+            )
+        super().__setattr__(name, value)
+
+    # ------------------------------------------------------------------------------------------
+    # param groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, whose schedule joins at the step the others have reached.
+
+        Args:
+            param_group: ``params``, and the options that differ from the defaults.
+
+        Raises:
+            ValueError: An option is out of its range, a parameter is listed twice, or the
+                parameters are on several devices.
+        """
+        super().add_param_group(with_unique_params(param_group))
+        try:
+            complete_new_group(self.param_groups)
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        self._sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain numbers and tensors, which can be loaded on any device.
+
+        Returns:
+            A state_dict like that of any torch optimizer; its ``param_groups`` contain the
+            schedule's position.
+        """
+        checkpoint_call = CheckpointCall.current()
+        if checkpoint_call is not None:
+            checkpoint_call.add_missing_keys(self.param_groups, self.state)
+        packed = super().state_dict()
+        if self._is_on_device():
+            packed = with_host_values(packed, *self._on_host())
+        if checkpoint_call is not None:
+            packed["state"] = checkpoint_call.with_placeholders(self.param_groups, packed["state"])
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from :meth:`state_dict`, or that of a ``torch.optim.SGD``.
+
+        Args:
+            state_dict: Its tensors are copied. An SGD's has no schedule, so the schedule stays
+                where it is.
+
+        Raises:
+            ValueError: It does not fit, or an option in it is out of its range; the optimizer is
+                as it was.
+        """
+
+        def note_saved_state(_: Optimizer, final_state_dict: dict[str, Any]) -> None:
+            self._saved_state = saved_by_param(self.param_groups, final_state_dict)
+
+        # Registered last, it sees the state_dict as the user's own hooks have changed it.
+        hook = self.register_load_state_dict_pre_hook(note_saved_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._saved_state = {}
+
+    def _is_on_device(self) -> bool:
+        return any(isinstance(group["step"], Tensor) for group in self.param_groups)
+
+    def _on_host(self) -> tuple[list[dict[str, Any]], Mapping[Tensor, Any]]:
+        """The groups with numbers, and the state without tensors that have no value yet."""
+        if not self._is_on_device():
+            return self.param_groups, self.state
+        self._sync()
+        return host_copy(self.param_groups, self.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep."""
+        groups, state = self._on_host()
+        return super().__getstate__() | {
+            "backend": self.backend,
+            "_clipping": self._clipping,
+            "param_groups": groups,
+            "state": state,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state, from pickle or ``load_state_dict``; an error changes nothing."""
+        if "param_groups" in self.__dict__:
+            state = adopted(self.param_groups, state, self._saved_state)
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)
+        self._stepper = new_stepper(self.backend, self._clipping)
+        self._sync()

@@ -1,0 +1,134 @@
+"""The reference behind the interface that FusedSGDR steps with."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgdr_fused.groups import is_unchanged, sync_group
+from sgdr_fused.options import Clipping
+from sgdr_fused.reference.step import count_skipped, reference_step, update_params
+from sgdr_fused.tensors import check_tensors
+
+__all__ = ["ReferenceStepper"]
+
+
+class ReferenceStepper:
+    """The steps of one optimizer, in the place of the native extension's ``Stepper``.
+
+    Args:
+        warning: A warning to give at the first step; empty: none.
+
+    Attributes:
+        grad_norm: Norm of the gradients at the last step, before clipping; None if not needed.
+    """
+
+    def __init__(self, warning: str = "") -> None:
+        self._warning = warning
+        self._groups_before: list[dict[str, Any]] = []
+        self._clipping = Clipping()
+        self.grad_norm: float | None = None
+
+    def set_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
+        """Sets the options of :class:`~sgdr_fused.options.Clipping`."""
+        self._clipping = Clipping(max_grad_norm, skip_nonfinite)
+
+    def sync(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+    ) -> None:
+        """Applies changes of the groups since the last call.
+
+        Args:
+            param_groups: The optimizer's.
+            state: The optimizer's.
+
+        Raises:
+            ValueError: An option is out of its range.
+        """
+        for i, group in enumerate(param_groups):
+            before = self._groups_before[i] if i < len(self._groups_before) else {}
+            if not is_unchanged(group, before):
+                sync_group(group, before.get("lr"))
+                self._groups_before[i : i + 1] = [dict(group)]
+        del self._groups_before[len(param_groups) :]
+
+    # torch.compile of torch 2.11 would trace this at a graph break, and then round add(alpha=...)
+    # twice.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: float | Tensor | None,
+        found_inf: float | Tensor | None,
+    ) -> bool:
+        """Updates all parameters that have a gradient, then the schedule.
+
+        Args:
+            param_groups: The optimizer's.
+            state: The optimizer's.
+            grad_scale: The factor that the gradients were multiplied by; None: 1.
+            found_inf: If it is not 0, the step is skipped.
+
+        Returns:
+            True: the reference can take every step.
+
+        Raises:
+            ValueError: An option, gradient or buffer is not valid; nothing was written.
+            RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
+        """
+        if found_inf is not None and float(found_inf) != 0:
+            count_skipped(param_groups)
+            return True
+        self.sync(param_groups, state)
+        if self._warning:
+            warnings.warn(self._warning, stacklevel=_frames_to_caller())
+            self._warning = ""
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        self.grad_norm = reference_step(param_groups, state, scale, self._clipping)
+        self._groups_before = [dict(group) for group in param_groups]
+        return True
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step_param(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        index: int,
+    ) -> bool:
+        """Updates one parameter; the schedule stays.
+
+        Args:
+            param_groups: The optimizer's.
+            state: The optimizer's.
+            index: The parameter's index over all groups.
+
+        Returns:
+            True, as for :meth:`step`.
+
+        Raises:
+            ValueError: As for :meth:`step`.
+            RuntimeError: As for :meth:`step`.
+        """
+        self.sync(param_groups, state)
+        check_tensors(param_groups, state)
+        with torch.no_grad():
+            update_params(param_groups, state, only=index)
+        return True
+
+
+def _frames_to_caller() -> int:
+    """The stacklevel with which a warning points at the code that called ``step()``."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(
+        ("sgdr_fused.", "torch.")
+    ):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,97 @@
+"""DTensors: the local shard behind one, where it is placed, and sums over its ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "local_tensor",
+    "place_in_words",
+    "placed_like",
+    "placement_of",
+    "shard_axes",
+    "sum_over_shards",
+]
+
+
+def placement_of(tensor: Tensor) -> Any:
+    """The device mesh and the placements of a DTensor; None for a plain tensor."""
+    placements = getattr(tensor, "placements", None)
+    return placements and (tensor.device_mesh, placements)  # type: ignore[attr-defined]
+
+
+def place_in_words(tensor: Tensor) -> str:
+    """The same for an error message."""
+    placement = placement_of(tensor)
+    return f"{placement[1]} on {placement[0]}" if placement else "a plain tensor"
+
+
+def local_tensor(tensor: Tensor, param: Tensor) -> Tensor | None:
+    """The plain tensor behind a parameter, or behind a gradient or state tensor of it.
+
+    Args:
+        tensor: Any tensor. A DTensor gives its local shard; a gradient is redistributed to the
+            parameter's placements first.
+        param: The parameter that it belongs to.
+
+    Returns:
+        A tensor that shares the shard's memory. None for an unknown tensor subclass, and for a
+        state tensor that is not placed like the parameter and so cannot be updated in place.
+    """
+    if not hasattr(tensor, "to_local"):
+        return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else None
+    if placement_of(tensor) != placement_of(param):
+        if tensor is not param.grad:
+            return None
+        tensor = tensor.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    local: Tensor = tensor.to_local()
+    # It may be the result of a collective that still runs.
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the parameter's shape, sharded as the parameter is.
+
+    Args:
+        param: The parameter.
+        tensor: A DTensor in any placements, or a plain tensor, which every rank has in full.
+    """
+    if placement_of(tensor) == placement_of(param):
+        return tensor
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if not hasattr(param, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def shard_axes(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """The ranks over which a tensor is sharded.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The device mesh of a DTensor and the mesh dimensions that shard it; None if this rank has
+        the whole tensor.
+    """
+    placements = getattr(tensor, "placements", ())
+    axes = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
+    return (tensor.device_mesh, axes) if axes else None  # type: ignore[attr-defined]
+
+
+def sum_over_shards(sum_of_squares: Tensor, axes: tuple[Any, tuple[int, ...]]) -> None:
+    """Adds the other ranks' sums, in place.
+
+    Args:
+        sum_of_squares: This rank's sum, of shape ().
+        axes: Result of :func:`shard_axes`.
+    """
+    mesh, dimensions = axes
+    for dimension in dimensions:
+        torch.distributed.all_reduce(sum_of_squares, group=mesh.get_group(dimension))

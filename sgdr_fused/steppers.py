@@ -1,0 +1,146 @@
+"""The three ways to take a step, and how one of them is chosen.
+
+The native extension's ``Stepper`` takes every step that it can. The reference takes the others, or
+all of them with ``backend="reference"``. :class:`~sgdr_fused.compiled.TracedStepper` takes over
+where torch.compile traces a step, because a graph needs the schedule's state in tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sgdr_fused import native
+from sgdr_fused.compiled import TracedStepper, is_traceable
+from sgdr_fused.device_state import sync_group_on_device, sync_group_on_host, to_host
+from sgdr_fused.options import Backend, Clipping, check_option
+from sgdr_fused.reference import ReferenceStepper
+from sgdr_fused.shards import local_tensor, shard_axes, sum_over_shards
+from sgdr_fused.tensors import check_tensors, kinds_of_tensors
+
+__all__ = ["Stepper", "check_backend", "new_stepper", "stepper_after_refusal", "traced_stepper"]
+
+_SLOWER = "FusedSGDR takes the slower reference path: "
+
+
+class Stepper(Protocol):
+    """What takes the steps of one optimizer.
+
+    It remembers the groups of the last call, so that a step only looks at what has changed. All
+    methods get the optimizer's own ``param_groups`` and ``state``.
+    """
+
+    @property
+    def grad_norm(self) -> Tensor | float | None:
+        """Norm of all gradients at the last step, before clipping; None if not needed."""
+
+    def set_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
+        """Sets the options of :class:`~sgdr_fused.options.Clipping`."""
+
+    def sync(
+        self, param_groups: Sequence[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any]
+    ) -> None:
+        """Applies changes of the groups since the last call."""
+
+    def step(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: float | Tensor | None,
+        found_inf: float | Tensor | None,
+    ) -> bool:
+        """Takes the whole step; False if it cannot take this one, and has written nothing."""
+
+    def step_param(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        index: int,
+    ) -> bool:
+        """Updates the parameter of that index over all groups; False as for :meth:`step`."""
+
+
+def check_backend(backend: Backend) -> None:
+    """Raises if a backend does not exist, or is not available.
+
+    Raises:
+        ValueError: There is no backend of that name.
+        RuntimeError: It is ``"native"``, and there is no native extension.
+    """
+    check_option("backend", backend)
+    if backend == "native" and native.extension is None:
+        raise RuntimeError(f'backend="native" is not available: {native.why_missing}')
+
+
+def new_stepper(backend: Backend, clipping: Clipping) -> Stepper:
+    """The native stepper; the reference if it is asked for, or without the native extension."""
+    stepper: Stepper
+    if backend == "reference":
+        stepper = ReferenceStepper()
+    elif native.extension is None:
+        stepper = ReferenceStepper(_SLOWER + native.why_missing)
+    else:
+        sync_group = sync_group_on_device if native.extension.has_cuda else sync_group_on_host
+        stepper = native.extension.Stepper(sync_group, local_tensor, shard_axes, sum_over_shards)
+    stepper.set_clipping(*clipping)
+    return stepper
+
+
+def stepper_after_refusal(
+    stepper: Stepper,
+    backend: Backend,
+    clipping: Clipping,
+    param_groups: Sequence[MutableMapping[str, Any]],
+    state: MutableMapping[Tensor, Any],
+) -> Stepper:
+    """The stepper to go on with after one could not take a step.
+
+    After :class:`~sgdr_fused.compiled.TracedStepper` it is a new one, after the native one the
+    reference.
+
+    Args:
+        stepper: The one that returned False.
+        backend: Which backend the user wants.
+        clipping: Options of the whole optimizer.
+        param_groups: The optimizer's; moved to the host.
+        state: The optimizer's; moved to the host.
+
+    Raises:
+        ValueError: A tensor is not valid, so that no stepper could take the step.
+        RuntimeError: The same, or ``backend="native"`` does not allow the reference.
+    """
+    if isinstance(stepper, TracedStepper):
+        to_host(param_groups, state)
+        return new_stepper(backend, clipping)
+    check_tensors(param_groups, state)
+    reason = (
+        "the native step does not take a device, dtype or tensor subclass in use: "
+        + kinds_of_tensors(param_groups)
+    )
+    if backend == "native":
+        raise RuntimeError(f'backend="native" cannot take this step: {reason}')
+    to_host(param_groups, state)
+    reference = ReferenceStepper(_SLOWER + reason)
+    reference.set_clipping(*clipping)
+    return reference
+
+
+def traced_stepper(
+    stepper: Stepper,
+    backend: Backend,
+    clipping: Clipping,
+    param_groups: Sequence[MutableMapping[str, Any]],
+) -> TracedStepper | None:
+    """The stepper for a step that torch.compile traces; None if that step cannot be traced.
+
+    Args:
+        stepper: The current one, kept if it is the right one.
+        backend: Which backend the user wants.
+        clipping: Options of the whole optimizer.
+        param_groups: The optimizer's.
+    """
+    if backend == "reference" or clipping.needs_norm or not is_traceable(param_groups):
+        return None
+    return stepper if isinstance(stepper, TracedStepper) else TracedStepper()

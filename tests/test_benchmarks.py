@@ -54,6 +54,7 @@ def test_mlp_has_6_parameters_of_ten_thousand_elements():
     assert (len(shapes.mlp()), shapes.numel(shapes.mlp())) == (6, 9674)
 
 
+@pytest.mark.exhaustive
 def test_step_compares_the_pair_in_all_forms(tmp_path):
     results = run_quickly("step", tmp_path)
     assert [case["tensors"] for case in results["cases"]] == [6, 20, 20, 161]
@@ -73,6 +74,7 @@ def test_step_compares_the_pair_in_all_forms(tmp_path):
     assert results["cases"][-1]["memory_floors"]
 
 
+@pytest.mark.exhaustive
 def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
     results = run_quickly("one_pass", tmp_path)
     assert [len(case["candidates"]) for case in results["cases"]] == [3, 3, 3, 3, 4, 3, 3]
@@ -82,6 +84,7 @@ def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
         assert case["best_pair"] in [candidate["name"] for candidate in case["candidates"]]
 
 
+@pytest.mark.exhaustive
 def test_backward_memory_measures_both_ways(tmp_path):
     step, in_backward = run_quickly("backward_memory", tmp_path)["ways"]
     assert step["grad_bytes"] == in_backward["grad_bytes"] == 4 * 24 * 256 * 256

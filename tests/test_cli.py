@@ -215,7 +215,7 @@ def test_reader_who_has_seen_enough_gets_no_traceback():
         "sgdr_fused",
         "schedule",
         "--T-0=1",
-        "--epochs=99999",
+        "--epochs=20000",
         "--json",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""That the fake CUDA runtime does what a GPU's would, as far as tests of an optimizer look."""
+"""The fake CUDA runtime does what a GPU's does, as far as tests of an optimizer can see."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from fake_cuda import FOLDER, cuda_library, host_kernels, report, require_cuda_torch, run
+
+pytestmark = pytest.mark.exhaustive
 
 # `launch(y, x)` calls the toy kernel, which nvcc has compiled, on torch's current stream.
 TOY = """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sgdr_fused.reference import Clipping
 
 NESTEROV = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 DECOUPLED = {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True}
+SGD_OPTIONS = ({}, NESTEROV, DECOUPLED)
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 PRECISIONS = {
@@ -36,22 +39,43 @@ def program() -> Path:
     return shim_program(FOLDER / "kernel_main.cpp", sanitize="address,undefined", flags=["-O0"])
 
 
-@pytest.mark.parametrize("sgd_options", [{}, NESTEROV, DECOUPLED], ids=["plain", "L2", "SGDW"])
-def test_every_combination_of_options_and_dtypes_in_one_step(
-    program, tmp_path, sgd_options
-) -> None:
-    combinations = itertools.product(AVERAGES, PRECISIONS.values(), TYPES)
+def in_one_step(combinations: Iterable[tuple[Any, ...]]) -> Case:
+    """A group for each combination of an average, a precision, SGD's options and a dtype."""
     case = Case(
         [
             {"params": params((1, 37), dtype, 10 * n), "T_0": 2, "T_mult": 1}
             | sgd_options
             | average
             | precision
-            for n, (average, precision, dtype) in enumerate(combinations)
+            for n, (average, precision, sgd_options, dtype) in enumerate(combinations)
         ]
     )
     case.steps(6, grad_scale=8.0)
-    assert case.difference(program, tmp_path) == ""
+    return case
+
+
+def test_every_pair_of_options_and_dtypes_in_one_step(program, tmp_path) -> None:
+    """Each value of one axis meets each of every other."""
+    sgd_options = itertools.cycle(SGD_OPTIONS)
+    combinations = [
+        (average, precision, next(sgd_options), TYPES[(a + p) % len(TYPES)])
+        for a, average in enumerate(AVERAGES)
+        for p, precision in enumerate(PRECISIONS.values())
+    ]
+    axes = (AVERAGES, PRECISIONS, SGD_OPTIONS, TYPES)
+    for i, j in itertools.combinations(range(len(axes)), 2):
+        pairs = {(str(one[i]), str(one[j])) for one in combinations}
+        assert len(pairs) == len(axes[i]) * len(axes[j])
+    assert in_one_step(combinations).difference(program, tmp_path) == ""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sgd_options", SGD_OPTIONS, ids=["plain", "L2", "SGDW"])
+def test_every_combination_of_options_and_dtypes_in_one_step(
+    program, tmp_path, sgd_options
+) -> None:
+    combinations = itertools.product(AVERAGES, PRECISIONS.values(), [sgd_options], TYPES)
+    assert in_one_step(combinations).difference(program, tmp_path) == ""
 
 
 def test_each_option_alone(program, tmp_path) -> None:

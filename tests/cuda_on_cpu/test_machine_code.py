@@ -1,10 +1,14 @@
-"""What nvcc makes of the kernels, for every architecture that setup.py builds for."""
+"""What nvcc makes of the kernels, for every architecture that setup.py builds for.
+
+make test looks at one of them, make test-all at each.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,11 @@ LOOPS_OF_A_TYPE = 2 * 2 * 3
 TYPES = 7
 # Registers that a thread of each may have: 65536 shared by the threads that are to run at once.
 MOST_REGISTERS = {"step": 65536 // (4 * 256), "step with extras": 128, "norm": 64}
-ARCHITECTURES = machine_code.architectures()
+IN_MAKE_TEST = "90"
+ARCHITECTURES = [
+    pytest.param(name, marks=() if name == IN_MAKE_TEST else pytest.mark.exhaustive)
+    for name in machine_code.architectures()
+]
 
 
 def require(missing: str) -> None:
@@ -30,14 +38,22 @@ def require(missing: str) -> None:
         pytest.skip(missing)
 
 
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request) -> str:
+    """Such as "80"."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def all_kernels() -> dict[str, dict[str, Kernel]]:
-    """By name and architecture."""
+def kernels(architecture) -> dict[str, Kernel]:
+    """All kernels of an architecture, by name."""
     require(machine_code.missing_tool())
-    return {
-        name: dict(zip(ARCHITECTURES, machine_code.compiled(ARCHITECTURES, name), strict=True))
-        for name in SOURCES
-    }
+
+    def compiled(name: str) -> Kernel:
+        return machine_code.compiled([architecture], name)[0]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SOURCES, pool.map(compiled, SOURCES), strict=True))
 
 
 @pytest.fixture(params=SOURCES)
@@ -45,16 +61,16 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def kernel(all_kernels, name, request) -> Kernel:
-    """Each kernel for each architecture."""
-    return all_kernels[name][request.param]
+@pytest.fixture
+def kernel(kernels, name) -> Kernel:
+    """Each kernel."""
+    return kernels[name]
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def step_code(all_kernels, request) -> MachineCode:
-    """The plain step's."""
-    return all_kernels["step"][request.param].code
+@pytest.fixture
+def step_code(kernels) -> MachineCode:
+    """The machine code of the step without extras."""
+    return kernels["step"].code
 
 
 def vector_loops(code: MachineCode) -> list[Loop]:
@@ -77,7 +93,6 @@ def test_arguments_end_where_every_instruction_reaches_them(kernel) -> None:
     assert 0 < kernel.code.constant_bytes <= disassembly.IMMEDIATE_END
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_arguments_begin_no_later_than_launch_h_says(architecture) -> None:
     """Its bound of their size is the end less this."""
     require(machine_code.missing_tool())
@@ -111,14 +126,15 @@ def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, na
 # -------------------------------------------------------------------------------- the element loops
 
 
-def test_published_results_are_of_this_code(all_kernels) -> None:
+def test_published_results_are_of_this_code(kernel, name) -> None:
     """benchmarks/results/machine_code.json, but for what another nvcc may count otherwise."""
-    published = json.loads(machine_code.RESULT.read_text())
-    kernels = [(name, kernel) for name in SOURCES for kernel in all_kernels[name].values()]
-    for row, (name, kernel) in zip(published, kernels, strict=True):
-        found = machine_code.row_of(name, kernel)
-        for key in ("kernel", "architecture", "spilled_bytes", "constant_bytes", "faults"):
-            assert row[key] == found[key], (name, kernel.architecture, key)
+    found = machine_code.row_of(name, kernel)
+    keys = ("kernel", "architecture", "spilled_bytes", "constant_bytes", "faults")
+    published = [
+        {key: row[key] for key in keys} for row in json.loads(machine_code.RESULT.read_text())
+    ]
+    assert published.count({key: found[key] for key in keys}) == 1
+    assert len(published) == len(SOURCES) * len(ARCHITECTURES)
 
 
 def test_every_load_and_store_of_a_vector_loop_has_16_bytes(step_code) -> None:
@@ -135,9 +151,8 @@ def test_only_float64_is_computed_in_double(step_code) -> None:
     assert all(loop.count("FFMA", "FMUL") <= 2 for loop in with_double)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_extras_only_float64_is_computed_in_double(all_kernels, architecture) -> None:
-    loops = vector_loops(all_kernels["step with extras"][architecture].code)
+def test_with_extras_only_float64_is_computed_in_double(kernels) -> None:
+    loops = vector_loops(kernels["step with extras"].code)
     assert len(loops) == TYPES
     assert sum(loop.count("DFMA") > 0 for loop in loops) == 1
 

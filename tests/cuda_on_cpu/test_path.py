@@ -78,6 +78,7 @@ def errors_guarded() -> dict[str, str]:
     return report(RUN_SCENARIOS, *names, **options(guard=True, seed=2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in NO_GRAPH if name != "two_thousand_tensors"])
 def test_no_access_out_of_bounds(errors_guarded: dict[str, str], name: str) -> None:
     assert errors_guarded[name] == ""
@@ -89,16 +90,19 @@ def errors_deferred() -> dict[str, str]:
     return report(RUN_SCENARIOS, *names, **options(deferred=True, seed=3))
 
 
+@pytest.mark.exhaustive
 def test_the_device_may_be_far_behind_the_host(errors_deferred: dict[str, str]) -> None:
     assert set(errors_deferred.values()) == {""}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["graph_of_what_it_cannot_repeat", "eager"])
 def test_scenario_passes_as_the_first_of_its_process(name: str) -> None:
     """Each meets a warning that torch gives once."""
     assert report(RUN_SCENARIOS, name, **options()) == {name: ""}
 
 
+@pytest.mark.exhaustive
 def test_failing_scenario_leaves_nothing_switched_on() -> None:
     found = report(
         """

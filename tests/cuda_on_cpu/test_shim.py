@@ -1,4 +1,4 @@
-"""That cuda_shim.h runs kernels as CUDA defines them, and that each planted bug is caught."""
+"""cuda_shim.h runs kernels as CUDA defines it, and each planted bug is caught."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 from fake_cuda import FOLDER, shim_program
+
+pytestmark = pytest.mark.exhaustive
 
 PLAIN = ""
 ADDRESS = "address,undefined"

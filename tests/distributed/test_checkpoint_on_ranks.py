@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: saved on two ranks, loaded on one, two and four."""
+"""torch.distributed.checkpoint: save on two ranks, load on another number of ranks."""
 
 import pytest
 import torch.distributed as dist
@@ -101,9 +101,9 @@ def how(request):
     return StateDictOptions(flatten_optimizer_state_dict=request.param)
 
 
-def test_saved_on_two_ranks_is_loaded_on_one_two_and_four(ranks, tmp_path, case, how):
+def test_training_saved_on_two_ranks_continues_on_one_and_four(ranks, tmp_path, case, how):
     ranks(2, save, tmp_path / "checkpoint", *case, how)
-    for world_size in (1, 2, 4):
+    for world_size in (1, 4):
         ranks(world_size, load, tmp_path / "checkpoint", *case, how)
 
 

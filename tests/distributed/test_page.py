@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pages
-import pytest
 from exact_training import SCHEDULE
 
 from sgdr_fused import CosineWarmRestarts
@@ -48,12 +47,10 @@ def expected(step):
     return f"step {step}, lr {LR.lr_at(step)}\n"
 
 
-@pytest.mark.slow
 def test_ddp_script_runs(tmp_path):
     assert torchrun(SCRIPTS[0], tmp_path, 2) == expected(12)
 
 
-@pytest.mark.slow
-def test_fsdp2_script_goes_on_where_its_checkpoint_is_on_any_number_of_ranks(tmp_path):
-    for ranks, step in ((2, 5), (1, 10), (4, 15)):
+def test_fsdp2_script_continues_from_its_checkpoint_on_another_number_of_ranks(tmp_path):
+    for ranks, step in ((2, 5), (1, 10)):
         assert torchrun(SCRIPTS[1], tmp_path, ranks) == expected(step)

@@ -1,4 +1,4 @@
-"""The harness itself: what is seen of a rank that fails."""
+"""The harness itself: it reports ranks that fail, die or hang."""
 
 import os
 import time
@@ -30,6 +30,7 @@ def hangs():
     time.sleep(1000)
 
 
+@pytest.mark.exhaustive
 def test_ranks_answer_fail_die_and_hang(tmp_path):
     ranks = Ranks(timeout=60)
     try:

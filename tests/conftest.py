@@ -47,11 +47,5 @@ def any_options(request):
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
 def layout(request):
-    """Lays a parameter out."""
-    return request.param
-
-
-@pytest.fixture(params=LAYOUTS.values(), ids=[f"grad_{name}" for name in LAYOUTS])
-def grad_layout(request):
-    """Lays its gradient out."""
+    """Lays a tensor out in memory."""
     return request.param

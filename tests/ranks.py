@@ -5,6 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cases import BACKENDS
+
+from sgdr_fused import native
+
+
+def backends_here() -> list[str]:
+    """The backends that are built. A script takes all of them: processes start slowly."""
+    return [name for name in BACKENDS if name != "native" or native.extension is not None]
+
 
 def run_ranks(script: str, *arguments: str) -> None:
     """Runs it with the rank and the arguments in sys.argv; fails with what a failing rank wrote."""

@@ -138,15 +138,14 @@ def test_half_precision_gradients_are_unscaled_in_float32(backend, half_dtype):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-@pytest.mark.parametrize("scale", [3.0, 1000.0, 0.1])
-def test_scale_that_is_no_power_of_two_gives_the_references_bits(dtype, scale, any_options):
+def test_scale_that_is_no_power_of_two_gives_the_references_bits(dtype, any_options):
     ours, theirs = make_params([65, 257], dtype), make_params([65, 257], dtype)
     options = OPTIONS | any_options
     sides = [
         (FusedSGDR(ours, backend="native", **options), ours),
         (FusedSGDR(theirs, backend="reference", **options), theirs),
     ]
-    for step in range(5):
+    for step, scale in enumerate([3.0, 1000.0, 0.1, 0.1, 3.0]):
         give_gradients(step, ours, theirs)
         for optimizer, _ in sides:
             make_scaler(scale).step(optimizer)

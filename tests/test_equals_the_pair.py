@@ -1,5 +1,7 @@
 """FusedSGDR is torch.optim.SGD's for-loop with CosineAnnealingWarmRestarts, bit for bit."""
 
+import math
+
 import pytest
 import torch
 from cases import CHUNK_SIZES, SIZES
@@ -27,12 +29,12 @@ def assert_same_trajectory(optimizer, ours, pair, theirs, steps):
     [{"T_0": 7, "T_mult": 1}, {"T_0": 5, "T_mult": 2, "eta_min": 1e-3}, {"T_0": 1, "T_mult": 3}],
     ids=["T_mult=1", "T_mult=2", "T_mult=3"],
 )
-def test_a_thousand_steps_across_restarts_are_the_pairs(backend, dtype, schedule):
+def test_steps_across_many_restarts_equal_the_pair(backend, dtype, schedule):
     ours = make_params([65, 7], dtype)
     theirs = copies_of(ours)
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4} | schedule
     optimizer = FusedSGDR(ours, backend=backend, **options)
-    assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 1000)
+    assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 400)
     assert optimizer.cycle >= 6
 
 
@@ -120,17 +122,17 @@ def test_float32_and_float64_in_one_group_are_the_pairs(backend):
     assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 100)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45])
-def test_special_values_spread_as_in_the_pair(backend, dtype, sgd_options, value):
-    ours = make_params([33], dtype)
+def test_special_values_spread_as_in_the_pair(backend, dtype, sgd_options):
+    values = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45], dtype=dtype)
+    ours = make_params([65], dtype)
     theirs = copies_of(ours)
     options = {"lr": 0.05, "T_0": 4} | sgd_options
     optimizer, pair = FusedSGDR(ours, backend=backend, **options), Pair(theirs, **options)
     for step in range(4):
         give_gradients(step, ours, theirs)
         for param in (*ours, *theirs):
-            param.grad[3 * step] = value
-            param.detach()[3 * step + 1] = value
+            param.grad[13 * step : 13 * step + 6] = values
+            param.detach()[13 * step + 6 : 13 * step + 12] = values
         optimizer.step()
         pair.step()
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from sgdr_fused import FusedSGDR
 
-STEPS_AFTER = 200
+STEPS_AFTER = 60
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, "eta_min": 1e-3}
 
@@ -64,11 +64,17 @@ def on_copies(optimizer, params):
     return copies
 
 
-CYCLES = [(7, 1), (3, 2), (1, 3), (2, 2), (1, 1)]
+# T_0, T_mult, and the step of the hand-over: at the start, within a cycle, before its last step,
+# at a restart and after it, and far along.
+HAND_OVERS = [
+    *((7, 1, step) for step in (0, 6, 7, 8, 50)),
+    *((3, 2, step) for step in (1, 2, 3, 8, 21)),
+    *((1, 3, step) for step in (0, 1, 3, 4)),
+    *((1, 1, step) for step in (0, 1, 50)),
+]
 
 
-@pytest.mark.parametrize(("T_0", "T_mult"), CYCLES)
-@pytest.mark.parametrize("taken_after", [0, 1, 2, 3, 7, 8, 21, 50])
+@pytest.mark.parametrize(("T_0", "T_mult", "taken_after"), HAND_OVERS)
 def test_training_taken_over_from_the_pair_goes_on(backend, T_0, T_mult, taken_after):
     pair, theirs = make_pair(T_0, T_mult)
     run(pair, theirs, 0, taken_after)
@@ -83,8 +89,7 @@ def test_training_taken_over_from_the_pair_goes_on(backend, T_0, T_mult, taken_a
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-@pytest.mark.parametrize(("T_0", "T_mult"), CYCLES)
-@pytest.mark.parametrize("taken_after", [0, 1, 3, 8, 50])
+@pytest.mark.parametrize(("T_0", "T_mult", "taken_after"), HAND_OVERS)
 def test_training_handed_to_the_pair_goes_on(backend, T_0, T_mult, taken_after):
     optimizer, ours = make_optimizer(backend, T_0=T_0, T_mult=T_mult)
     run(optimizer, ours, 0, taken_after)

@@ -29,10 +29,9 @@ def both(params, **options):
     return native, FusedSGDR(twins, **OPTIONS | options, backend="reference"), twins
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rounded_momentum_has_the_references_bits(half_dtype, param_dtype, size):
-    params = make_params([size, 3], param_dtype)
+def test_rounded_momentum_has_the_references_bits(half_dtype, param_dtype):
+    params = make_params(SIZES, param_dtype)
     native, reference, twins = both(params, momentum_dtype=half_dtype)
     for step in range(7):
         give_gradients(step, params, twins)
@@ -42,9 +41,8 @@ def test_rounded_momentum_has_the_references_bits(half_dtype, param_dtype, size)
         assert_same_state(native, params, reference, twins, f"after step {step}")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_rounded_parameters_have_the_references_bits(half_dtype, size):
-    params = make_params([3, size], half_dtype)
+def test_rounded_parameters_have_the_references_bits(half_dtype):
+    params = make_params(SIZES, half_dtype)
     native, reference, twins = both(params, stochastic_rounding=True, seed=2**63 + 5)
     for step in range(7):
         give_gradients(step, params, twins)
@@ -53,9 +51,8 @@ def test_rounded_parameters_have_the_references_bits(half_dtype, size):
         assert_same_state(native, params, reference, twins, f"after step {step}")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_master_weights_are_float32_training_with_a_rounded_copy(backend, half_dtype, size):
-    params = make_params([size], half_dtype)
+def test_master_weights_are_float32_training_with_a_rounded_copy(backend, half_dtype):
+    params = make_params(SIZES, half_dtype)
     full = [torch.nn.Parameter(p.detach().float()) for p in params]
     optimizer = FusedSGDR(params, **OPTIONS, master_weights=True, backend=backend)
     in_full = FusedSGDR(full, **OPTIONS, backend=backend)

@@ -1,4 +1,4 @@
-"""FusedSGDR is torch.optim.SGD's for-loop with CosineAnnealingWarmRestarts, bit for bit."""
+"""FusedSGDR equals torch.optim.SGD's for-loop with CosineAnnealingWarmRestarts, bit for bit."""
 
 import math
 
@@ -9,7 +9,7 @@ from pair import Pair, assert_same, copies_of, give_gradients, make_params
 
 from sgdr_fused import FusedSGDR
 
-# Without fma in hardware torch's own bits are others: see Note [Same bits everywhere].
+# Without hardware fma torch itself computes other bits: see Note [Same bits everywhere].
 pytestmark = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"),
     reason="this CPU's torch multiplies and adds in two roundings",
@@ -38,7 +38,7 @@ def test_steps_across_many_restarts_equal_the_pair(backend, dtype, schedule):
     assert optimizer.cycle >= 6
 
 
-def test_every_option_is_the_pairs_at_every_size(backend, dtype, sgd_options):
+def test_every_option_equals_the_pair_at_every_size(backend, dtype, sgd_options):
     ours = make_params(SIZES, dtype)
     theirs = copies_of(ours)
     options = {"lr": 0.05, "T_0": 4, "T_mult": 2, "eta_min": 1e-3} | sgd_options
@@ -46,7 +46,7 @@ def test_every_option_is_the_pairs_at_every_size(backend, dtype, sgd_options):
     assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 30)
 
 
-def test_every_option_is_the_pairs_for_a_thousand_steps(dtype, sgd_options):
+def test_every_option_equals_the_pair_for_a_thousand_steps(dtype, sgd_options):
     ours = make_params([33], dtype)
     theirs = copies_of(ours)
     options = {"lr": 0.05, "T_0": 10, "T_mult": 2} | sgd_options
@@ -54,7 +54,7 @@ def test_every_option_is_the_pairs_for_a_thousand_steps(dtype, sgd_options):
     assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 1000)
 
 
-def test_every_option_is_the_pairs_around_a_threads_chunk(dtype, sgd_options):
+def test_every_option_equals_the_pair_around_a_threads_chunk(dtype, sgd_options):
     ours = make_params([*CHUNK_SIZES, 140_001], dtype)  # together above the parallel threshold
     theirs = copies_of(ours)
     options = {"lr": 0.05, "T_0": 3} | sgd_options
@@ -62,7 +62,7 @@ def test_every_option_is_the_pairs_around_a_threads_chunk(dtype, sgd_options):
     assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 4)
 
 
-def test_each_size_alone_is_the_pairs(dtype):
+def test_each_size_alone_equals_the_pair(dtype):
     for size in (*SIZES, *CHUNK_SIZES):
         ours = make_params([size], dtype)
         theirs = copies_of(ours)
@@ -72,8 +72,8 @@ def test_each_size_alone_is_the_pairs(dtype):
 
 
 @pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
-def test_decoupled_weight_decay_is_the_pairs_step_on_shrunken_parameters(backend, dtype, momentum):
-    """SGDW: p is multiplied by 1 - lr * weight_decay, and the gradient knows nothing of it."""
+def test_decoupled_weight_decay_equals_the_pair_on_shrunken_parameters(backend, dtype, momentum):
+    """SGDW: p is multiplied by 1 - lr * weight_decay; the gradient does not change."""
     ours = make_params([*SIZES, 20_011], dtype)
     theirs = copies_of(ours)
     options = {"lr": 0.05, "T_0": 4, "T_mult": 2} | momentum
@@ -91,7 +91,7 @@ def test_decoupled_weight_decay_is_the_pairs_step_on_shrunken_parameters(backend
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-def test_groups_with_options_of_their_own_are_the_pairs(backend, dtype):
+def test_groups_with_their_own_options_equal_the_pair(backend, dtype):
     sizes = [65, 8, 1003, 17, 0, 257, 1]
     ours = make_params(sizes, dtype)
     theirs = copies_of(ours)
@@ -110,7 +110,7 @@ def test_groups_with_options_of_their_own_are_the_pairs(backend, dtype):
     assert_same_trajectory(optimizer, ours, pair, theirs, 100)
 
 
-def test_float32_and_float64_in_one_group_are_the_pairs(backend):
+def test_float32_and_float64_in_one_group_equal_the_pair(backend):
     ours = [
         *make_params([65, 16], torch.float32),
         *make_params([33, 9], torch.float64),
@@ -122,7 +122,7 @@ def test_float32_and_float64_in_one_group_are_the_pairs(backend):
     assert_same_trajectory(optimizer, ours, Pair(theirs, **options), theirs, 100)
 
 
-def test_special_values_spread_as_in_the_pair(backend, dtype, sgd_options):
+def test_special_values_propagate_as_in_the_pair(backend, dtype, sgd_options):
     values = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45], dtype=dtype)
     ours = make_params([65], dtype)
     theirs = copies_of(ours)
@@ -140,7 +140,7 @@ def test_special_values_spread_as_in_the_pair(backend, dtype, sgd_options):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_float32_stays_within_the_rounding_bound_of_float64(backend, nesterov):
-    """Against an evaluation in float64 written out here, which shares nothing with torch's or ours.
+    """Compares with a float64 evaluation written out here, independent of torch's and ours.
 
     With u = 2**-24, each operation rounds by at most u of its result. A step makes at most r = 5
     roundings on a path (decay, momentum's product, its sum, nesterov, update). The buffer's error
@@ -175,8 +175,8 @@ def test_float32_stays_within_the_rounding_bound_of_float64(backend, nesterov):
     assert bound < 2e-3 * largest_param  # or it would not notice a wrong term
 
 
-def test_other_gradients_give_another_result():
-    """The comparison itself can fail."""
+def test_comparison_fails_for_different_gradients():
+    """Otherwise the tests above could not fail."""
     ours, theirs = make_params([65]), make_params([65])
     optimizer = FusedSGDR(ours, lr=0.1, T_0=5, backend="native")
     pair = Pair(theirs, lr=0.1, T_0=5)

@@ -1,4 +1,4 @@
-"""max_grad_norm and skip_nonfinite: the norm of all gradients, clipped to or protected by."""
+"""max_grad_norm and skip_nonfinite: clipping and skipping by the norm of all gradients."""
 
 import math
 
@@ -22,12 +22,12 @@ from sgdr_fused import FusedSGDR
 from sgdr_fused.grad_norm import sum_of_squares
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 3, "T_mult": 2}
-# Around a lane's row, a chunk and several of them.
+# Around a row of lanes, a chunk and several chunks.
 NORM_SIZES = (*SIZES, 127, 128, 129, 4095, 4096, 4097, 8192 + 130, 300_001)
 
 
 def exact_norm(grads):
-    """Correctly rounded, but for the last root."""
+    """Correctly rounded except for the final square root."""
     return math.sqrt(math.fsum(float(x) ** 2 for grad in grads for x in grad.double().reshape(-1)))
 
 
@@ -47,8 +47,8 @@ def test_grad_norm_is_the_norm_of_all_gradients(backend):
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_the_norm_is_summed_up_in_the_order_of_the_reference(backend, dtype):
-    """Gradients of so many sizes of number that each addition rounds."""
+def test_norm_equals_the_reference_bit_for_bit(backend, dtype):
+    """The magnitudes of the gradients differ so much that each addition rounds."""
     generator = torch.Generator().manual_seed(0)
     for size in (*range(1, 140), 255, 300):
         param = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
@@ -79,7 +79,7 @@ def test_gradients_are_clipped_as_by_clip_grad_norm(backend):
 
 @pytest.mark.parametrize("max_grad_norm", [1e-7, 1e-6, 3e-6])
 def test_tiny_gradients_are_clipped_as_by_clip_grad_norm(backend, max_grad_norm):
-    """Which adds 1e-6 to the norm: seen where the norm is no larger, on parameters of zero."""
+    """clip_grad_norm_ adds 1e-6 to the norm, which is visible if the norm is about as small."""
     ours, theirs = ([torch.nn.Parameter(torch.zeros(size)) for size in (10, 300)] for _ in range(2))
     optimizer = FusedSGDR(ours, lr=0.5, T_0=3, max_grad_norm=max_grad_norm, backend=backend)
     give_gradients(0, ours, theirs)
@@ -92,7 +92,7 @@ def test_tiny_gradients_are_clipped_as_by_clip_grad_norm(backend, max_grad_norm)
         torch.testing.assert_close(our.detach(), -0.5 * their.grad, rtol=4 * 2**-23, atol=0)
 
 
-def test_gradients_below_the_limit_are_left_alone(backend):
+def test_gradients_below_the_limit_are_not_clipped(backend):
     ours = make_params([10, 300])
     theirs = copies_of(ours)
     optimizer = FusedSGDR(ours, **OPTIONS, max_grad_norm=1e6, backend=backend)
@@ -104,7 +104,7 @@ def test_gradients_below_the_limit_are_left_alone(backend):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-def test_the_norm_spans_all_groups_and_dtypes(backend):
+def test_norm_spans_all_groups_and_dtypes(backend):
     params = [
         *make_params([4, 70]),
         *make_params([9], torch.float64),
@@ -121,7 +121,7 @@ def test_the_norm_spans_all_groups_and_dtypes(backend):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_grad_scale_is_taken_out_before_clipping(backend, maximize):
+def test_gradients_are_unscaled_before_clipping(backend, maximize):
     ours, scaled = make_params([10, 300]), make_params([10, 300])
     options = OPTIONS | {"max_grad_norm": 0.5, "maximize": maximize, "backend": backend}
     optimizer, with_scaler = FusedSGDR(ours, **options), FusedSGDR(scaled, **options)
@@ -137,7 +137,7 @@ def test_grad_scale_is_taken_out_before_clipping(backend, maximize):
         assert_same(optimizer, ours, with_scaler, scaled)
 
 
-def test_the_norm_has_the_same_bits_for_any_number_of_threads():
+def test_norm_does_not_depend_on_the_number_of_threads():
     params = make_params([1 << 20, 70, 300_001])
     optimizer = FusedSGDR(params, **OPTIONS, max_grad_norm=1.0, backend="native")
     norms = []
@@ -163,7 +163,7 @@ def test_squares_of_large_gradients_do_not_overflow(backend):
     assert params[0].isfinite().all()
 
 
-def test_an_infinite_norm_makes_what_clip_grad_norm_makes_of_it(backend):
+def test_infinite_norm_clips_as_clip_grad_norm_does(backend):
     ours = make_params([5])
     theirs = copies_of(ours)
     optimizer = FusedSGDR(ours, **OPTIONS, max_grad_norm=1.0, backend=backend)
@@ -194,7 +194,7 @@ def test_step_with_a_nonfinite_gradient_changes_nothing(backend, bad, first_good
     assert not math.isfinite(float(optimizer.grad_norm))
 
 
-def test_training_goes_on_as_if_the_skipped_steps_had_not_been(backend):
+def test_skipped_steps_leave_no_trace(backend):
     clean, hit = make_params([10, 300]), make_params([10, 300])
     options = OPTIONS | {"ema_decay": "swa", "backend": backend}
     without = FusedSGDR(clean, **options)
@@ -212,7 +212,7 @@ def test_training_goes_on_as_if_the_skipped_steps_had_not_been(backend):
     assert_same_state(without, clean, protected, hit)
 
 
-def test_the_count_of_skipped_steps_is_saved(backend):
+def test_count_of_skipped_steps_is_saved(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, skip_nonfinite=True, backend=backend)
     params[0].grad = torch.full((4,), math.nan)
@@ -222,7 +222,7 @@ def test_the_count_of_skipped_steps_is_saved(backend):
     assert other.skipped_steps == 1
 
 
-def test_a_scalers_skipped_steps_are_counted_too(backend):
+def test_steps_skipped_by_a_scaler_are_counted(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)
     scaler = make_scaler(2.0)
@@ -231,7 +231,7 @@ def test_a_scalers_skipped_steps_are_counted_too(backend):
     assert optimizer.skipped_steps == 1
 
 
-def test_options_can_be_changed_between_steps(backend):
+def test_clipping_may_change_between_steps(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)
     give_gradients(0, params)
@@ -246,7 +246,7 @@ def test_options_can_be_changed_between_steps(backend):
     assert optimizer.grad_norm is None
 
 
-def test_no_gradients_have_norm_zero(backend):
+def test_norm_without_gradients_is_zero(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, max_grad_norm=1.0, backend=backend)
     optimizer.step()

@@ -1,6 +1,6 @@
-"""Any strides, offsets and shapes of parameter, gradient and momentum, as in torch.optim.SGD.
+"""Any strides, offsets and shapes of parameter, gradient and momentum give the same numbers.
 
-The pair holds the same values in dense tensors of its own, whose memory order cannot mislead it.
+The pair has the same values in dense tensors, whose memory order cannot mislead it.
 """
 
 import itertools
@@ -38,7 +38,7 @@ def lay_out_grads(dense, ours):
         param.grad = of_grad(theirs.grad)
 
 
-def test_every_layout_of_parameter_and_gradient_gives_the_same_numbers(backend, dtype):
+def test_every_layout_of_parameter_and_gradient_equals_the_pair(backend, dtype):
     dense, ours = lay_out_params(dtype)
     before = [(p.stride(), p.untyped_storage().nbytes()) for p in ours]
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(dense, **OPTIONS)
@@ -53,7 +53,7 @@ def test_every_layout_of_parameter_and_gradient_gives_the_same_numbers(backend, 
     assert [(p.stride(), p.untyped_storage().nbytes()) for p in ours] == before
 
 
-def test_every_layout_of_a_half_precision_parameter_gives_the_same_numbers(backend, half_dtype):
+def test_every_layout_in_half_precision_equals_the_reference(backend, half_dtype):
     dense, ours = lay_out_params(half_dtype)
     optimizer = FusedSGDR(ours, backend=backend, **OPTIONS)
     expected = FusedSGDR(dense, backend="reference", **OPTIONS)
@@ -66,7 +66,7 @@ def test_every_layout_of_a_half_precision_parameter_gives_the_same_numbers(backe
 
 
 def test_single_parameter_of_any_layout_is_updated(backend, layout):
-    """Where no other parameter of the step decides how it is read."""
+    """No other parameter of the step influences how it is read."""
     (dense,) = make_params([SHAPE])
     ours = leaf(layout(dense.detach()))
     optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
@@ -79,7 +79,7 @@ def test_single_parameter_of_any_layout_is_updated(backend, layout):
 
 
 def test_momentum_buffer_of_any_layout_is_used_in_place(backend):
-    """A buffer from elsewhere: a state_dict of a contiguous model, say."""
+    """A buffer may come from elsewhere, such as the state_dict of a contiguous model."""
     dense, ours = lay_out_params(torch.float32)
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(dense, **OPTIONS)
     buffers = []
@@ -110,8 +110,8 @@ def test_memory_between_the_elements_is_left_alone(backend, layout):
     assert int(gap_before) == room.numel() - ours.numel()
 
 
-def test_gradients_that_are_slices_of_one_bucket_are_read_in_place(backend, dtype):
-    """As DDP's gradient_as_bucket_view makes them."""
+def test_gradients_may_be_slices_of_one_bucket(backend, dtype):
+    """DDP's gradient_as_bucket_view makes such gradients."""
     ours, theirs = make_params([65, 33], dtype), make_params([65, 33], dtype)
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     bucket = torch.zeros(1 + 65 + 33, dtype=dtype)
@@ -125,7 +125,7 @@ def test_gradients_that_are_slices_of_one_bucket_are_read_in_place(backend, dtyp
 
 
 def test_misaligned_parameter_is_updated(backend, dtype):
-    """At every offset below 8 elements, and at one of them."""
+    """Offsets are 1 to 8 elements."""
     dense = make_params([257] * 8, dtype)
     rooms = [torch.cat([torch.zeros(i, dtype=dtype), p.detach()]) for i, p in enumerate(dense, 1)]
     ours = [leaf(room[i:]) for i, room in enumerate(rooms, 1)]
@@ -139,7 +139,7 @@ def test_misaligned_parameter_is_updated(backend, dtype):
         assert (room[:i] == 0).all(), "memory before the parameter is left alone"
 
 
-def test_two_halves_of_one_storage_are_two_parameters(backend, dtype):
+def test_parameters_may_share_one_storage(backend, dtype):
     (whole,) = make_params([66], dtype)
     theirs = [torch.nn.Parameter(half.clone()) for half in whole.detach().split(33)]
     ours = [leaf(half) for half in whole.detach().split(33)]
@@ -217,7 +217,7 @@ def test_complex_parameter_is_updated_as_pairs_of_reals(backend, dtype, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_lazily_conjugated_gradient_is_read_as_its_conjugate(backend, dtype):
+def test_lazily_conjugated_gradient_is_conjugated(backend, dtype):
     ours, theirs = make_params([(3, 11)], dtype), make_params([(3, 11)], dtype)
     optimizer = FusedSGDR(ours, backend=backend, **OPTIONS)
     expected = FusedSGDR(theirs, backend="reference", **OPTIONS)
@@ -236,8 +236,8 @@ def test_lazily_conjugated_gradient_is_read_as_its_conjugate(backend, dtype):
     [lambda numbers: numbers.conj().imag, lambda numbers: torch._neg_view(numbers.real.clone())],
     ids=["imaginary_part_of_conjugate", "contiguous"],
 )
-def test_lazily_negated_gradient_is_read_as_its_negative(backend, negated):
-    """The imaginary part of a conjugate is a view with its sign still to be turned."""
+def test_lazily_negated_gradient_is_negated(backend, negated):
+    """The imaginary part of a conjugate is a view that is yet to be negated."""
     ours, theirs = make_params([33]), make_params([33])
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     for step in range(4):

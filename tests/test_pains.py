@@ -68,8 +68,8 @@ def test_every_element_of_a_half_precision_parameter_is_updated(backend, half_dt
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="a bug of torch 2.13 only")
-def test_fused_sgd_of_torch_2_13_leaves_half_precision_elements_as_they_were(half_dtype):
-    """The bug that the test above is there for."""
+def test_fused_sgd_of_torch_2_13_skips_half_precision_elements(half_dtype):
+    """This is the bug that the test above guards against."""
     theirs = make_params([1003], half_dtype)
     before = theirs[0].detach().clone()
     theirs[0].grad = torch.ones_like(theirs[0])
@@ -77,8 +77,8 @@ def test_fused_sgd_of_torch_2_13_leaves_half_precision_elements_as_they_were(hal
     assert (theirs[0] == before).sum() > 500
 
 
-def test_channels_last_parameter_takes_a_contiguous_gradient(backend):
-    """SGD(fused=True) walks both by address, so each update lands on another element, silently."""
+def test_channels_last_parameter_with_a_contiguous_gradient(backend):
+    """SGD(fused=True) walks both in memory order, so it silently updates wrong elements."""
 
     def channels_last():
         (param,) = make_params([(4, 3, 5, 7)])
@@ -99,8 +99,8 @@ def test_channels_last_parameter_takes_a_contiguous_gradient(backend):
             assert not torch.allclose(loop[0], fused[0]), "torch has mended this: say so"
 
 
-def test_parameter_unfrozen_later_joins(backend):
-    """SGD(fused=True) raises TypeError: its "is this the first step?" is one for all."""
+def test_parameter_may_be_unfrozen_later(backend):
+    """SGD(fused=True) raises TypeError: it decides "is this the first step?" for all at once."""
     ours, loop, fused = (make_params([65, 33]) for _ in range(3))
     optimizer = FusedSGDR(ours, lr=0.1, momentum=0.9, T_0=10, backend=backend)
     pair = Pair(loop, lr=0.1, momentum=0.9, T_0=10)
@@ -136,7 +136,7 @@ def mesh(tmp_path):
             distributed.destroy_process_group()
 
 
-def test_works_under_fsdp2(backend, mesh):
+def test_fsdp2_training_equals_the_pair(backend, mesh):
     """SGD(fused=True): "aten._fused_sgd_.default does not have a sharding strategy registered"."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -170,7 +170,7 @@ def test_works_under_fsdp2(backend, mesh):
 
 
 def test_dtensor_parameters_are_updated_shard_by_shard(backend, mesh):
-    """As above, without FSDP; also where the gradient's placements are not the parameter's."""
+    """The same without FSDP; the gradient's placements may differ from the parameter's."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     (plain,) = make_params([(8, 6)])
@@ -218,13 +218,13 @@ os._exit(0)  # past gloo's own clean-up, which now and then aborts the process
 
 
 def test_two_processes_each_update_their_shard(tmp_path):
-    """As above, where a shard is not the whole; its gradient comes in any placements."""
+    """The same on two ranks, where each has a part; the gradient may have any placements."""
     pytest.importorskip("torch.distributed.tensor")
     run_ranks(TWO_RANKS, str(tmp_path / "store"), *backends_here())
 
 
 def test_schedule_does_not_advance_on_a_skipped_step(backend):
-    """The pair's scheduler.step() knows nothing of the GradScaler and advances all the same."""
+    """The pair's scheduler.step() does not know of the GradScaler and advances anyway."""
     ours, theirs = make_params([9]), make_params([9])
     optimizer = FusedSGDR(ours, lr=0.1, T_0=10, backend=backend)
     pair = Pair(theirs, lr=0.1, T_0=10)
@@ -241,7 +241,7 @@ def test_schedule_does_not_advance_on_a_skipped_step(backend):
     assert pair.scheduler.get_last_lr() < [0.1]
 
 
-def test_a_restart_is_on_time_when_the_schedule_is_asked_for_one_step():
+def test_lr_at_finds_every_restart_exactly():
     """scheduler.step(epoch) takes a floating-point logarithm: int(math.log(243, 3)) == 4."""
     schedule = CosineWarmRestarts(lr=1.0, T_0=1, T_mult=3)
     assert schedule.position(121) == (121, 5, 0, 243)
@@ -336,7 +336,7 @@ def test_eta_min_above_a_groups_lr_is_an_error(backend):
     assert pair.scheduler.get_last_lr()[1] > 0.001
 
 
-def test_no_python_runs_per_parameter():
+def test_step_runs_no_python_per_parameter():
     """The pair spends 2.6 to 4.8 ms of Python on a step of 1000 tiny tensors."""
 
     def calls_of_a_step(n_params):
@@ -357,8 +357,8 @@ def test_no_python_runs_per_parameter():
     assert calls_of_a_step(1000) == calls_of_a_step(2) > 0
 
 
-def test_inputs_of_the_pair_keep_their_values(backend):
-    """Gradients are read only, and copies stay apart: the ground the other tests stand on."""
+def test_step_only_reads_gradients(backend):
+    """Copies share no memory either. The other tests rely on both."""
     ours = make_params([65])
     theirs = copies_of(ours)
     optimizer = FusedSGDR(

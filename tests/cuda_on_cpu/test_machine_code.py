@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels, for every architecture that setup.py builds for.
+"""The machine code of the kernels, for every architecture that setup.py builds for.
 
 make test looks at one of them, make test-all at each.
 """
@@ -31,7 +31,7 @@ ARCHITECTURES = [
 
 
 def require(missing: str) -> None:
-    """Skips the test where a tool is missing; in CI that is a failure."""
+    """Skips the test if a tool is missing; in CI that is a failure."""
     if missing and os.environ.get("CI") == "true":
         pytest.fail(missing)
     if missing:
@@ -94,7 +94,7 @@ def test_arguments_end_where_every_instruction_reaches_them(kernel) -> None:
 
 
 def test_arguments_begin_no_later_than_launch_h_says(architecture) -> None:
-    """Its bound of their size is the end less this."""
+    """The bound of their size is computed from this."""
     require(machine_code.missing_tool())
     texts = [path.read_text() for path in (machine_code.REPOSITORY / "csrc/cuda").glob("*.h")]
     begins = re.findall(r"kMaxArgsBegin = (0x\w+);", "".join(texts))
@@ -104,7 +104,7 @@ def test_arguments_begin_no_later_than_launch_h_says(architecture) -> None:
     assert found <= int(begins[0], 16)
 
 
-def test_kernel_spills_no_register(kernel, name) -> None:
+def test_kernel_spills_no_registers(kernel, name) -> None:
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.registers <= MOST_REGISTERS[name]
 
@@ -116,8 +116,8 @@ def test_ticket_is_drawn_between_two_fences(kernel) -> None:
     assert all("GPU" in parts for parts in drawn)
 
 
-def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, name) -> None:
-    """That cache does not see the writes. The cosine's table, read by 16 bytes, is constant."""
+def test_read_only_cache_is_not_used_for_what_a_launch_writes(kernel, name) -> None:
+    """That cache does not see writes. Only the cosine's constant table is read by 16 bytes."""
     incoherent = [i for i in kernel.code.accesses(("LDG",)) if "CONSTANT" in i.parts]
     assert all(i.access_bytes == 16 for i in incoherent)
     assert bool(incoherent) == (name != "norm")
@@ -126,7 +126,7 @@ def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, na
 # -------------------------------------------------------------------------------- the element loops
 
 
-def test_published_results_are_of_this_code(kernel, name) -> None:
+def test_published_results_match_this_code(kernel, name) -> None:
     """benchmarks/results/machine_code.json, but for what another nvcc may count otherwise."""
     found = machine_code.row_of(name, kernel)
     keys = ("kernel", "architecture", "spilled_bytes", "constant_bytes", "faults")
@@ -147,7 +147,7 @@ def test_every_load_and_store_of_a_vector_loop_has_16_bytes(step_code) -> None:
 def test_only_float64_is_computed_in_double(step_code) -> None:
     with_double = [loop for loop in vector_loops(step_code) if loop.count(*DOUBLE)]
     assert len(with_double) == LOOPS_OF_A_TYPE
-    # Where there is grad_scale, the division takes a look at the exponents.
+    # With grad_scale, the division inspects the exponents.
     assert all(loop.count("FFMA", "FMUL") <= 2 for loop in with_double)
 
 
@@ -176,7 +176,7 @@ def test_half_types_move_10_bytes_an_element(step_code, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_denormal_numbers_are_kept_and_rounding_is_to_nearest(step_code, dtype) -> None:
-    """A compiler's fast mathematics would change the bits on a GPU alone."""
+    """Fast-math flags would change the bits on a GPU only."""
     arithmetic = [
         opcode.split(".")
         for opcode in step_code.usual_loop(dtype).instructions
@@ -190,7 +190,7 @@ def test_denormal_numbers_are_kept_and_rounding_is_to_nearest(step_code, dtype) 
 
 
 def test_built_extension_has_no_faulty_access() -> None:
-    """The very machine code that a GPU is given, for every architecture it was built for."""
+    """The machine code that a GPU runs, for every architecture it was built for."""
     if native.extension is None or not native.extension.has_cuda:
         pytest.skip("the extension is built without its CUDA backend")
     for name in ("cuobjdump", "nvdisasm"):
@@ -227,9 +227,7 @@ __global__ void kernel(const __grid_constant__ Args args) {{
         ("80", 25968, False),
     ],
 )
-def test_constants_beyond_the_reach_of_an_immediate_are_found(
-    architecture, n_bytes, is_faulty
-) -> None:
+def test_constant_beyond_an_immediates_reach_is_found(architecture, n_bytes, is_faulty) -> None:
     require(machine_code.missing_tool())
     code = machine_code.compiled_source(architecture, GROUPS_AT_THE_END.format(n_bytes)).code
     assert bool(code.faults["misplaced constant"]) == is_faulty
@@ -275,7 +273,7 @@ def test_every_kind_of_faulty_access_is_found(fault, text) -> None:
     assert found == {fault: [text]}
 
 
-def test_text_that_is_no_disassembly_is_an_error() -> None:
+def test_text_other_than_a_disassembly_is_an_error() -> None:
     with pytest.raises(ValueError, match="not the disassembly"):
         disassembly.read("nvdisasm fatal   : bad file")
     assert disassembly.tool("no such tool") is None

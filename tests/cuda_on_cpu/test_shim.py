@@ -24,14 +24,14 @@ def run_toy(sanitize: str, bug: str, *, seeds: int = 10) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("sanitize", [PLAIN, ADDRESS, THREAD])
-def test_the_shim_does_what_cuda_defines(sanitize: str) -> None:
+def test_shim_does_what_cuda_defines(sanitize: str) -> None:
     program = shim_program(FOLDER / "shim_check.cpp", sanitize=sanitize)
     ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("sanitize", [PLAIN, ADDRESS, THREAD])
-def test_a_right_kernel_passes_in_every_order_and_under_every_sanitizer(sanitize: str) -> None:
+def test_right_kernel_passes_in_every_order_and_under_every_sanitizer(sanitize: str) -> None:
     ran = run_toy(sanitize, "None")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout == "0 of 10 seeds gave a wrong result\n"
@@ -55,7 +55,7 @@ def test_a_right_kernel_passes_in_every_order_and_under_every_sanitizer(sanitize
         (PLAIN, "BarrierAfterReturn", "that some threads never reach"),
     ],
 )
-def test_a_planted_bug_is_caught(sanitize: str, bug: str, said: str) -> None:
+def test_planted_bug_is_caught(sanitize: str, bug: str, said: str) -> None:
     ran = run_toy(sanitize, bug)
     assert ran.returncode != 0
     assert re.search(said, ran.stdout + ran.stderr), ran.stdout + ran.stderr

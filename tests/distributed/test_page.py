@@ -1,4 +1,4 @@
-"""The page on several processes: its scripts are started by torchrun."""
+"""docs/distributed.md: torchrun starts its scripts."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ SCRIPTS = [block.text for block in pages.blocks(PAGE) if block.language == "pyth
 LR = CosineWarmRestarts(lr=0.1, T_0=SCHEDULE["T_0"], T_mult=SCHEDULE["T_mult"])
 
 
-# From torch's own threads at the end of a process, now and then on a busy machine; a script with
-# torch.optim.SGD does it too.
+# torch's own threads sometimes abort at the end of a process on a busy machine, with
+# torch.optim.SGD too.
 ABORTS_AT_EXIT = "terminate called without an active exception"
 
 
 def torchrun(script, folder, ranks, attempts=4):
-    """What rank 0 prints; the script's files are in the folder afterwards."""
+    """Runs a script on ranks; returns rank 0's output and copies the files to the folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     for attempt in range(attempts):
         working = folder.with_name(f"{folder.name}_{ranks}_ranks_{attempt}")
@@ -43,7 +43,7 @@ def torchrun(script, folder, ranks, attempts=4):
 
 
 def expected(step):
-    """The line in which a script says where it is."""
+    """The line that a script prints at its end."""
     return f"step {step}, lr {LR.lr_at(step)}\n"
 
 

@@ -31,7 +31,7 @@ def hangs():
 
 
 @pytest.mark.exhaustive
-def test_ranks_answer_fail_die_and_hang(tmp_path):
+def test_ranks_that_fail_die_or_hang_are_reported(tmp_path):
     ranks = Ranks(timeout=60)
     try:
         assert ranks.run(2, tmp_path, sum_of_ranks, 10) == [21, 21]

@@ -44,21 +44,39 @@ def test_grad_norm_is_the_norm_of_all_gradients(backend):
         assert abs(float(optimizer.grad_norm) / wanted - 1) <= (size + 5) * 2**-53, size
 
 
+def uneven_grad(shape, generator):
+    """A gradient whose magnitudes differ so much that each addition rounds."""
+    scale = torch.randint(-5, 5, shape, generator=generator).double().exp2()
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 def test_norm_equals_the_reference_bit_for_bit(backend, dtype):
-    """The magnitudes of the gradients differ so much that each addition rounds."""
     generator = torch.Generator().manual_seed(0)
     for size in (*range(1, 140), 255, 300):
         param = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
-        scale = torch.randint(-5, 5, (size,), generator=generator).double().exp2()
-        grad = torch.randn(size, generator=generator, dtype=torch.float64) * scale
-        param.grad = grad.to(dtype)
+        param.grad = uneven_grad((size,), generator).to(dtype)
         optimizer = FusedSGDR([param], **OPTIONS, max_grad_norm=1.0, backend=backend)
         optimizer.step()
         expected = math.sqrt(sum_of_squares([param.grad]))
         assert float(optimizer.grad_norm) == expected, f"{size} elements"
+
+
+def test_norm_of_any_layout_equals_the_reference(layout):
+    """Both add in the order of the parameter's memory."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        grad = uneven_grad((4, 3, 5, 18), generator)
+        norms = []
+        for backend in ("native", "reference"):
+            param = torch.nn.Parameter(layout(torch.zeros_like(grad)))
+            param.grad = grad.clone()
+            optimizer = FusedSGDR([param], **OPTIONS, max_grad_norm=1.0, backend=backend)
+            optimizer.step()
+            norms.append(optimizer.grad_norm)
+        assert same_bits(*norms)
 
 
 def test_gradients_are_clipped_as_by_clip_grad_norm(backend):

@@ -1,4 +1,6 @@
-# make demo: trains on real data with the pair and with FusedSGDR. make test: the whole suite.
+# make demo: trains on real data with the pair and with FusedSGDR.
+# make test: the tests of every behaviour, a few minutes. make test-all: every test, those marked
+# "exhaustive" too: bugs planted in the CUDA kernels, all architectures, full products of options.
 # make examples: all examples, some minutes. make docs: the documentation as a site.
 # make gpu-package: what a machine with a GPU needs to run tests and benchmark, in .gpu/.
 # Each makes its own virtual environment first, and again only when something was changed.
@@ -13,7 +15,7 @@ DOCS_STAMP := $(VENV)/installed-docs
 SITE := docs/_build/html
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo examples test benchmark gpu-package docs lint format clean
+.PHONY: demo examples test test-all benchmark gpu-package docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
@@ -23,6 +25,9 @@ examples: demo
 	$(BIN)/python examples/paper.py
 
 test: $(STAMP)
+	$(BIN)/pytest -m "not exhaustive"
+
+test-all: $(STAMP)
 	$(BIN)/pytest
 
 benchmark: $(STAMP)

@@ -7,7 +7,7 @@ from sgdr_fused import native
 
 
 def pytest_collection_modifyitems(items):
-    """Skips the native half where there is no extension."""
+    """Skips tests of the native backend if the extension is not built."""
     if native.extension is not None:
         return
     for item in items:
@@ -17,41 +17,35 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Who takes the step."""
+    """The backend that takes the step."""
     return request.param
 
 
 @pytest.fixture(params=FULL_PRECISION, ids=str)
 def dtype(request):
-    """The types whose bits are the pair's."""
+    """Dtypes in which the bits equal the pair's."""
     return request.param
 
 
 @pytest.fixture(params=HALF_PRECISION, ids=str)
 def half_dtype(request):
-    """The types whose bits are the reference's."""
+    """Dtypes in which the bits equal the reference's."""
     return request.param
 
 
 @pytest.fixture(params=SGD_OPTIONS.values(), ids=SGD_OPTIONS.keys())
 def sgd_options(request):
-    """Options that the pair has as well."""
+    """Options that the pair also has."""
     return dict(request.param)
 
 
 @pytest.fixture(params=ANY_OPTIONS.values(), ids=ANY_OPTIONS.keys())
 def any_options(request):
-    """Options that change the update."""
+    """Options that change the update, our own included."""
     return dict(request.param)
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
 def layout(request):
-    """Lays a parameter out."""
-    return request.param
-
-
-@pytest.fixture(params=LAYOUTS.values(), ids=[f"grad_{name}" for name in LAYOUTS])
-def grad_layout(request):
-    """Lays its gradient out."""
+    """Lays a tensor out in memory."""
     return request.param

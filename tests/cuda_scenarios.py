@@ -1,5 +1,5 @@
-"""What the CUDA backend is put through, on a GPU (test_gpu.py) and on the fake CUDA runtime
-(cuda_on_cpu/test_path.py). Each scenario raises where the GPU's side differs from the CPU backend.
+"""Scenarios for the CUDA backend, run on a GPU (test_gpu.py) and on the fake CUDA runtime
+(cuda_on_cpu/test_path.py). Each raises if the GPU's results differ from the CPU backend's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Params = list[torch.nn.Parameter]
 
 
 def scenario(run: Callable[[], None]) -> Callable[[], None]:
-    """Lists a scenario under its name."""
+    """Registers a scenario under its name."""
     SCENARIOS[run.__name__] = run
     return run
 
@@ -53,7 +53,7 @@ def both(sizes=SIZES, **options) -> tuple[FusedSGDR, FusedSGDR]:
 
 
 def params_of(optimizer: FusedSGDR) -> Params:
-    """Those of all groups."""
+    """The parameters of all groups."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
@@ -73,7 +73,7 @@ def give_gradients(step: int, *optimizers: FusedSGDR, but: tuple[int, ...] = ())
 
 @contextlib.contextmanager
 def without_warning(message: str) -> Iterator[None]:
-    """Silences one warning of torch's that tells of no fault; it would be an error in a test."""
+    """Silences one harmless warning of torch's, which would be an error in a test."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message)
         yield
@@ -94,7 +94,7 @@ def unsynchronised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_call_that_waits() -> Iterator[None]:
-    """On the fake runtime, which has written down all calls."""
+    """The same on the fake runtime, which has logged all calls."""
     import runtime_log
 
     runtime_log.clear()
@@ -107,7 +107,7 @@ def no_call_that_waits() -> Iterator[None]:
 
 
 def step(*optimizers: FusedSGDR) -> None:
-    """One step of each; the GPU's without waiting."""
+    """One step of each optimizer; the GPU's step does not synchronize."""
     for optimizer in optimizers:
         if all(param.is_cuda for param in params_of(optimizer)):
             with unsynchronised():
@@ -155,7 +155,7 @@ def assert_equal(cpu: FusedSGDR, gpu: FusedSGDR, where: object = "") -> None:
 
 
 def assert_same_values(found: Tensor, expected: Tensor, where: str) -> None:
-    """Equal, wherever they are."""
+    """Whether two tensors are equal, on any devices."""
     found, expected = found.detach().cpu(), expected.detach().cpu()
     if IS_FAKE or found.dtype not in (torch.float64, torch.complex128):
         assert torch.equal(found, expected), where
@@ -211,7 +211,7 @@ def several_groups_and_dtypes() -> None:
 
 @scenario
 def options_change_between_steps() -> None:
-    """What the host changes holds from the next step on."""
+    """Options changed on the host apply from the next step."""
     cpu, gpu = both(SIZES[:4])
     run_both(cpu, gpu, range(2))
     for i, change in enumerate(
@@ -289,7 +289,7 @@ def graph_captured_before_the_first_step() -> None:
 
 @scenario
 def graph_captured_after_the_first_step() -> None:
-    """As the user does who warms up; with momentum dropped at each restart."""
+    """Captured after warm-up steps, as in torch's examples; momentum is dropped at each restart."""
     cpu, gpu = both(reset_momentum=True)
     run_both(cpu, gpu, range(2))
     graph = captured(gpu)
@@ -345,7 +345,7 @@ def graph_and_the_host_in_turn() -> None:
 
 @scenario
 def hook_at_the_restarts() -> None:
-    """Called after the same steps as on the CPU, and not again for a step that is skipped."""
+    """The hook is called after the same steps as on the CPU, and not again for a skipped step."""
     cpu, gpu = both()
     seen: tuple[list[int], ...] = ([], [])
     for optimizer, steps in zip((cpu, gpu), seen, strict=True):
@@ -364,7 +364,7 @@ def hook_at_the_restarts() -> None:
 
 @scenario
 def graph_of_what_it_cannot_repeat() -> None:
-    """An error, for a replay would set the LR again each time."""
+    """An LR set by hand is an error in a capture: each replay would set it again."""
     for change in ("lr", "momentum_buffer", "device"):
         _, gpu = both((5,))
         if change == "device":
@@ -388,7 +388,7 @@ def graph_of_what_it_cannot_repeat() -> None:
 
 @scenario
 def side_streams() -> None:
-    """Steps on the current stream, whichever that is."""
+    """The step runs on the current stream."""
     cpu, gpu = both()
     streams = [torch.cuda.Stream() for _ in range(3)]
     for i in range(9):
@@ -404,7 +404,7 @@ def side_streams() -> None:
 
 @scenario
 def layouts() -> None:
-    """channels_last, strided and misaligned; gradients laid out otherwise; complex numbers."""
+    """channels_last, strided and misaligned; gradients of another layout; complex numbers."""
     shape = (4, 3, 5, 6)
 
     def laid_out(x: Tensor) -> list[Tensor]:
@@ -433,7 +433,7 @@ def layouts() -> None:
 
 @scenario
 def two_thousand_tensors() -> None:
-    """More than fit into one launch, and groups that are divided among launches."""
+    """More tensors than fit into one launch; groups are split over launches."""
     sides = [
         [{"params": make_params([1 + i % 9] * n)} for i, n in enumerate((800, 1150, 50))]
         for _ in range(2)
@@ -554,7 +554,7 @@ def params_move_without_a_word() -> None:
 
 @scenario
 def bad_input() -> None:
-    """An error before anything is written."""
+    """An error changes nothing."""
     cpu, gpu = both(SIZES[:4])
     run_both(cpu, gpu, range(2))
     give_gradients(2, cpu, gpu)
@@ -602,7 +602,7 @@ def hosts_and_gpus_together() -> None:
 
 
 def both_with_all_options(**options) -> tuple[FusedSGDR, FusedSGDR]:
-    """Groups that between them have every option there is besides the step itself."""
+    """Groups that together have every option of averaging, clipping and low precision."""
     groups = [
         (torch.float32, {"ema_decay": 0.9, "momentum_dtype": torch.bfloat16, "seed": 3}),
         (torch.bfloat16, {"ema_decay": "swa", "stochastic_rounding": True, "T_0": 2}),
@@ -724,7 +724,7 @@ def norms_over_several_devices_are_refused() -> None:
 
 
 def two_devices() -> None:
-    """A group on each of two GPUs, whichever is the current one."""
+    """A group on each of two GPUs, with either as the current device."""
     first, second = make_params((5, 300)), make_params((40, 7), seed=1)
     cpu = FusedSGDR(
         [{"params": [torch.nn.Parameter(p.detach().clone()) for p in g]} for g in (first, second)],

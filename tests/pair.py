@@ -1,4 +1,4 @@
-"""The pair: torch.optim.SGD's for-loop and CosineAnnealingWarmRestarts; how to compare with it."""
+"""The pair, torch.optim.SGD's for-loop and CosineAnnealingWarmRestarts, and comparisons with it."""
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
@@ -36,7 +36,7 @@ def make_params(sizes, dtype=torch.float32, seed=0):
 
 
 def copies_of(params):
-    """Parameters of equal values, dtypes and strides, in memory of their own."""
+    """Parameters of equal values, dtypes and strides, in separate memory."""
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
@@ -55,7 +55,7 @@ def draw(size, dtype, generator):
 
 
 def to_size(size):
-    """A shape of one dimension for an int."""
+    """Turns an int into a one-dimensional shape."""
     return (size,) if isinstance(size, int) else size
 
 
@@ -64,7 +64,7 @@ ROLES = ("momentum_buffer", "ema", "master_param")
 
 
 def give_gradients(step, *sides):
-    """Gives each side's parameters, one by one, equal gradients in memory of their own."""
+    """Gives the parameters of all sides equal gradients, each in separate memory."""
     generator = torch.Generator().manual_seed(10_000 + step)
     for params in zip(*sides, strict=True):
         grad = draw(params[0].shape, params[0].dtype, generator)
@@ -73,7 +73,7 @@ def give_gradients(step, *sides):
 
 
 def make_scaler(init_scale, **options):
-    """A GradScaler that has scaled a loss, which it insists on."""
+    """A GradScaler that has scaled a loss; without that, its step() is an error."""
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, **options)
     scaler.scale(torch.zeros(()))
     return scaler
@@ -89,7 +89,7 @@ def momentum_of(optimizer, param):
 
 
 def same_bits(left, right):
-    """Whether two tensors are equal to the bit, zeros' signs too; one NaN is as good as another."""
+    """Whether two tensors are bitwise equal, signs of zeros included; all NaNs count as equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     if left.is_complex():
@@ -100,7 +100,7 @@ def same_bits(left, right):
 
 
 def assert_same_state(left, left_params, right, right_params, where=""):
-    """Parameters, all that is in their state, and the schedule are equal to the bit."""
+    """Asserts that parameters, all their state and the schedule are bitwise equal."""
     assert_same(left, left_params, right, right_params, where)
     for i, params in enumerate(zip(left_params, right_params, strict=True)):
         ours, theirs = (o.state.get(p, {}) for o, p in zip((left, right), params, strict=True))
@@ -116,7 +116,7 @@ def assert_same_state(left, left_params, right, right_params, where=""):
 
 
 def assert_same(ours, our_params, theirs, their_params, where=""):
-    """Parameters, momentum buffers and learning rates are equal to the bit."""
+    """Asserts that parameters, momentum buffers and learning rates are bitwise equal."""
     for i, (our, their) in enumerate(zip(our_params, their_params, strict=True)):
         assert same_bits(our.detach(), their.detach()), f"parameter {i} differs {where}"
         our_buffer, their_buffer = momentum_of(ours, our), momentum_of(theirs, their)
@@ -129,7 +129,7 @@ def assert_same(ours, our_params, theirs, their_params, where=""):
 
 
 def snapshot(optimizer, params):
-    """All that a step may change, as plain values: compare two with ``assert_unchanged``."""
+    """Everything that a step may change, copied; ``assert_unchanged`` compares with it."""
     return {
         "params": [p.detach().clone() for p in params],
         **{role: [_clone(optimizer.state.get(p, {}).get(role)) for p in params] for role in ROLES},
@@ -143,7 +143,7 @@ def snapshot(optimizer, params):
 
 
 def assert_unchanged(before, optimizer, params):
-    """Nothing has changed since the snapshot, to the bit, but for the count of skipped steps."""
+    """Asserts that nothing but the count of skipped steps has changed since the snapshot."""
     after = snapshot(optimizer, params)
     for name in ("params", *ROLES):
         for i, (old, new) in enumerate(zip(before[name], after[name], strict=True)):

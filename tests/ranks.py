@@ -5,9 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cases import BACKENDS
+
+from sgdr_fused import native
+
+
+def backends_here() -> list[str]:
+    """The backends that are built: a script tests them all, as its processes start slowly."""
+    return [name for name in BACKENDS if name != "native" or native.extension is not None]
+
 
 def run_ranks(script: str, *arguments: str) -> None:
-    """Runs it with the rank and the arguments in sys.argv; fails with what a failing rank wrote."""
+    """Runs a script with the rank and arguments in sys.argv; fails with a failing rank's stderr."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
     ranks = [

@@ -1,7 +1,7 @@
-"""Under torch.amp.GradScaler, as torch.optim.SGD's for-loop with the same scaler.
+"""Training with torch.amp.GradScaler equals torch.optim.SGD's for-loop with the same scaler.
 
-Scales are powers of two, as GradScaler's are by default: dividing by one is exact, as is torch's
-multiplying by its reciprocal.
+Scales are powers of two, GradScaler's default. Dividing by such a scale is exact, and so is
+multiplying by its reciprocal, which is what torch does.
 """
 
 import math
@@ -25,7 +25,7 @@ OPTIONS = {"lr": 0.1, "T_0": 3, "T_mult": 2}
 
 
 class Scaled:
-    """Our optimizer and the pair, each with a scaler, fed with equal scaled gradients."""
+    """Our optimizer and the pair, each with a scaler, on equal scaled gradients."""
 
     def __init__(self, backend, dtype=torch.float32, scaler=None, sizes=(65, 8, 33), **options):
         options = OPTIONS | options
@@ -37,7 +37,7 @@ class Scaled:
         self.our_scaler, self.their_scaler = make_scaler(**scaler), make_scaler(**scaler)
 
     def step(self, index, bad=None, unscale=False):
-        """One scaled step on both sides; where `bad` is given, it is written into a gradient."""
+        """One scaled step on both sides; `bad`, if given, is written into a gradient."""
         give_gradients(index, self.ours, self.theirs)
         for params, scaler in ((self.ours, self.our_scaler), (self.theirs, self.their_scaler)):
             for param in params:
@@ -60,7 +60,7 @@ class Scaled:
         assert_same(self.optimizer, self.ours, self.pair, self.theirs, f"after step {index}")
 
 
-def test_scaled_training_is_the_pairs(backend, dtype, sgd_options):
+def test_scaled_training_equals_the_pair(backend, dtype, sgd_options):
     both = Scaled(backend, dtype, **sgd_options)
     scales = set()
     for step in range(12):
@@ -80,13 +80,13 @@ def test_steps_with_bad_gradients_are_skipped(backend, skipped, bad):
 
 @pytest.mark.parametrize("skipped", [[], [0], [3]], ids=str)
 def test_gradients_unscaled_before_the_step_are_not_unscaled_again(backend, skipped):
-    """As for clipping."""
+    """scaler.unscale_() is called to clip gradients, for example."""
     both = Scaled(backend, momentum=0.9)
     for step in range(6):
         both.step(step, math.inf if step in skipped else None, unscale=True)
 
 
-def test_unscaling_may_come_and_go(backend):
+def test_unscale_may_be_called_on_some_steps_only(backend):
     both = Scaled(backend, momentum=0.9)
     for step in range(8):
         both.step(step, unscale=step % 3 == 1)
@@ -101,7 +101,7 @@ def test_scaled_gradients_are_not_written_back(backend):
         assert torch.equal(param.grad, grad)
 
 
-def test_step_outside_the_scaler_afterwards_is_not_scaled(backend):
+def test_step_without_the_scaler_is_not_scaled(backend):
     both = Scaled(backend, momentum=0.9)
     both.step(0)
     give_gradients(1, both.ours, both.theirs)
@@ -123,7 +123,7 @@ def test_disabled_scaler_changes_nothing(backend):
 
 
 def test_half_precision_gradients_are_unscaled_in_float32(backend, half_dtype):
-    """2 ** -20 is nothing in float16: unscaling in place would lose it, which torch forbids."""
+    """2 ** -20 underflows in float16: unscaling in place would lose it, and torch refuses to."""
     ours, theirs = make_params([65], torch.float32), make_params([65], torch.float32)
     for param in ours:
         param.grad_dtype = half_dtype
@@ -138,22 +138,21 @@ def test_half_precision_gradients_are_unscaled_in_float32(backend, half_dtype):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-@pytest.mark.parametrize("scale", [3.0, 1000.0, 0.1])
-def test_scale_that_is_no_power_of_two_gives_the_references_bits(dtype, scale, any_options):
+def test_any_scale_equals_the_reference(dtype, any_options):
     ours, theirs = make_params([65, 257], dtype), make_params([65, 257], dtype)
     options = OPTIONS | any_options
     sides = [
         (FusedSGDR(ours, backend="native", **options), ours),
         (FusedSGDR(theirs, backend="reference", **options), theirs),
     ]
-    for step in range(5):
+    for step, scale in enumerate([3.0, 1000.0, 0.1, 0.1, 3.0]):
         give_gradients(step, ours, theirs)
         for optimizer, _ in sides:
             make_scaler(scale).step(optimizer)
         assert_same(*sides[0], *sides[1], f"after step {step}")
 
 
-def test_skip_is_seen_in_any_group(backend):
+def test_nan_in_any_group_skips_the_step(backend):
     params = make_params([9, 5, 3])
     groups = [{"params": [param]} for param in params]
     optimizer = FusedSGDR(groups, momentum=0.9, backend=backend, **OPTIONS)
@@ -165,7 +164,7 @@ def test_skip_is_seen_in_any_group(backend):
         assert_unchanged(before, optimizer, params)
 
 
-def test_parameter_without_a_gradient_is_left_out(backend):
+def test_scaler_ignores_a_parameter_without_a_gradient(backend):
     both = Scaled(backend, momentum=0.9)
     give_gradients(0, both.ours, both.theirs)
     for params, scaler, optimizer in (
@@ -178,7 +177,7 @@ def test_parameter_without_a_gradient_is_left_out(backend):
     assert_same(both.optimizer, both.ours, both.pair, both.theirs)
 
 
-def test_training_with_autocast_is_the_pairs(backend):
+def test_training_with_autocast_equals_the_pair(backend):
     def train(make_optimizer):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.Tanh(), torch.nn.Linear(33, 1))

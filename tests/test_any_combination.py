@@ -1,4 +1,4 @@
-"""Any legal combination of options, dtypes and layouts: the native step is the reference's."""
+"""The native step equals the reference for any valid mix of options, dtypes and layouts."""
 
 import math
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @st.composite
 def group_options(draw_value):
-    """The options of a group, valid together."""
+    """A valid combination of a group's options."""
 
     def pick(*values):
         return draw_value(st.sampled_from(values))
@@ -72,7 +72,7 @@ whole = st.fixed_dictionaries(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.lists(st.tuples(group_options(), tensors), min_size=1, max_size=2), whole, st.data())
-def test_native_step_has_the_references_bits(groups, whole, data):
+def test_native_step_equals_the_reference(groups, whole, data):
     grad_scale = whole.pop("grad_scale")
     generator = torch.Generator().manual_seed(0)
     sides = []

@@ -1,4 +1,4 @@
-"""Which backend takes the step, what is said where the native one cannot, and threads."""
+"""Which backend takes the step, the errors and warnings of the native one, and threads."""
 
 import subprocess
 import sys
@@ -29,13 +29,13 @@ needs_native = pytest.mark.skipif(native.extension is None, reason=native.why_mi
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    """As after an installation without a compiler."""
+    """The state after an installation without a compiler."""
     monkeypatch.setattr(native, "extension", None)
     monkeypatch.setattr(native, "why_missing", "it was never built")
 
 
 @pytest.mark.usefixtures("no_extension")
-def test_missing_extension_is_said_once_and_the_result_is_right():
+def test_missing_extension_warns_once_and_results_are_right():
     ours, theirs = make_params([33]), make_params([33])
     optimizer, pair = FusedSGDR(ours, **OPTIONS), Pair(theirs, **OPTIONS)
     for step in range(5):
@@ -50,13 +50,13 @@ def test_missing_extension_is_said_once_and_the_result_is_right():
 
 
 @pytest.mark.usefixtures("no_extension")
-def test_native_backend_that_is_missing_is_an_error():
+def test_missing_native_backend_is_an_error():
     with pytest.raises(RuntimeError, match=r"backend=\"native\" is not available: it was never"):
         FusedSGDR(make_params([3]), backend="native", **OPTIONS)
 
 
 @pytest.mark.usefixtures("no_extension")
-def test_reference_backend_asks_for_no_extension(recwarn):
+def test_reference_backend_needs_no_extension(recwarn):
     params = make_params([3])
     optimizer = FusedSGDR(params, backend="reference", **OPTIONS)
     give_gradients(0, params)
@@ -89,7 +89,7 @@ print(len(caught), caught[0].message, caught[0].filename)
 """
 
 
-def test_package_without_a_build_works_and_says_how_to_get_one():
+def test_package_without_a_build_works_and_says_how_to_build():
     out = run_python("import sys; sys.modules['sgdr_fused._built_for'] = None" + STEP)
     assert out.startswith("1 ")
     assert "was not built" in out
@@ -105,25 +105,25 @@ sys.modules["sgdr_fused._built_for"] = built_for
 """
 
 
-def test_extension_for_another_torch_is_not_loaded_and_both_versions_are_named():
+def test_extension_for_another_torch_is_not_loaded_and_the_warning_names_both():
     out = run_python(BUILT_FOR.format(version="'1.2.3+elsewhere'") + STEP)
     assert out.startswith("1 ")
     assert "built for torch 1.2.3+elsewhere" in out
     assert f"this is torch {torch.__version__}" in out
 
 
-def test_extension_that_does_not_load_is_explained():
+def test_warning_explains_why_the_extension_fails_to_load():
     broken = "sys.modules['sgdr_fused._native'] = None"
     out = run_python(BUILT_FOR.format(version="torch.__version__") + broken + STEP)
     assert out.startswith("1 ")
     assert "does not load" in out
 
 
-# ------------------------------------------------------------- tensors that it knows nothing about
+# --------------------------------------------------- tensors that the native backend cannot update
 
 
 class Tagged(torch.Tensor):
-    """A tensor subclass with a dispatch of its own, which the native step cannot see through."""
+    """A tensor subclass with its own dispatch, whose memory the native step cannot reach."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -150,7 +150,7 @@ def tagged_params(values):
     return [torch.nn.Parameter(Tagged(v.detach().clone())) for v in values]
 
 
-def test_unknown_tensor_subclass_is_left_to_the_reference_with_one_warning():
+def test_unknown_tensor_subclass_falls_back_to_the_reference_and_warns_once():
     theirs = make_params([9, 5])
     ours = tagged_params(theirs)
     optimizer, pair = FusedSGDR(ours, **OPTIONS), Pair(theirs, **OPTIONS)
@@ -172,7 +172,7 @@ def test_unknown_tensor_subclass_is_left_to_the_reference_with_one_warning():
 
 
 @needs_native
-def test_unknown_tensor_subclass_is_an_error_under_native_that_changes_nothing():
+def test_native_backend_refuses_an_unknown_tensor_subclass_and_changes_nothing():
     plain = make_params([9])
     ours = tagged_params(make_params([5]))
     optimizer = FusedSGDR([*plain, *ours], backend="native", **OPTIONS)
@@ -188,14 +188,14 @@ def test_unknown_tensor_subclass_is_an_error_under_native_that_changes_nothing()
 
 @needs_native
 @pytest.mark.parametrize("device", ["meta"])
-def test_device_without_a_native_step_is_an_error_under_native(device):
+def test_native_backend_refuses_an_unsupported_device(device):
     param = torch.nn.Parameter(torch.ones(3, device=device))
     param.grad = torch.ones(3, device=device)
     with pytest.raises(RuntimeError, match=f"on {device}"):
         FusedSGDR([param], backend="native", **OPTIONS).step()
 
 
-def test_device_without_a_native_step_is_left_to_the_reference():
+def test_unsupported_device_falls_back_to_the_reference():
     param = torch.nn.Parameter(torch.ones(3, device="meta"))
     optimizer = FusedSGDR([param], **OPTIONS)
     param.grad = torch.ones(3, device="meta")
@@ -204,7 +204,7 @@ def test_device_without_a_native_step_is_left_to_the_reference():
     assert optimizer.param_groups[0]["step"] == 1
 
 
-def test_parameter_subclass_without_a_dispatch_of_its_own_is_stepped(backend):
+def test_parameter_subclass_without_its_own_dispatch_is_updated(backend):
     class Named(torch.nn.Parameter):
         pass
 
@@ -218,7 +218,7 @@ def test_parameter_subclass_without_a_dispatch_of_its_own_is_stepped(backend):
         assert torch.equal(ours, theirs)
 
 
-def test_lazy_parameter_may_wait_for_its_shape(backend):
+def test_lazy_parameter_is_skipped_until_it_has_a_shape(backend):
     model = torch.nn.LazyLinear(3)
     optimizer = FusedSGDR(model.parameters(), backend=backend, **OPTIONS)
     optimizer.step()
@@ -235,7 +235,7 @@ def test_lazy_parameter_may_wait_for_its_shape(backend):
 
 
 @needs_native
-def test_auto_takes_the_native_step_silently():
+def test_auto_uses_the_native_backend_without_a_warning():
     params = make_params([9])
     optimizer = FusedSGDR(params, **OPTIONS)
     assert type(optimizer._stepper) is native.extension.Stepper
@@ -246,7 +246,7 @@ def test_auto_takes_the_native_step_silently():
     assert type(optimizer._stepper) is native.extension.Stepper
 
 
-def test_backend_chosen_is_told():
+def test_backend_is_the_requested_one():
     for backend in ("auto", "reference"):
         assert FusedSGDR(make_params([3]), backend=backend, **OPTIONS).backend == backend
 
@@ -255,7 +255,7 @@ def test_backend_chosen_is_told():
 
 
 def in_threads(*functions):
-    """Runs functions at the same time; raises what any of them raised."""
+    """Runs functions in parallel threads; re-raises the first error."""
     errors = []
 
     def guarded(function):
@@ -274,7 +274,7 @@ def in_threads(*functions):
 
 
 @pytest.mark.parametrize("sizes", [[9] * 50, [300_001, 17]], ids=["small", "large"])
-def test_optimizers_in_two_threads_do_not_disturb_each_other(backend, sizes):
+def test_optimizers_in_two_threads_are_independent(backend, sizes):
     def train(params, optimizer, barrier=None):
         for step in range(8):
             give_gradients(step, params)
@@ -298,11 +298,11 @@ def test_optimizers_in_two_threads_do_not_disturb_each_other(backend, sizes):
 
 
 class LargeStep:
-    """A step of 50 million elements, and another thread that runs once the step gives the GIL away.
+    """A step of 50 million elements, and another thread that runs once the step releases the GIL.
 
-    The interpreter would hand the GIL over between two bytecodes, but is told not to for an hour; a
-    step is one call into C++. Should the system be too busy to wake the other thread within the
-    step, it is tried again: where the GIL is kept, no number of trials helps.
+    The switch interval of an hour keeps the interpreter from releasing the GIL between bytecodes;
+    a step is one call into C++. If the system is too busy to wake the other thread during the
+    step, we try again: if the step holds the GIL, no number of trials helps.
     """
 
     TRIALS = 10
@@ -314,7 +314,7 @@ class LargeStep:
         self.is_stepping = False
 
     def step_beside(self, other):
-        """Takes a step, and runs `other` in its thread as soon as possible after the step began."""
+        """Takes a step, and runs `other` in a thread as soon as possible after its start."""
         go = threading.Lock()
         go.acquire()
 
@@ -369,7 +369,7 @@ def test_step_of_an_optimizer_that_is_stepping_is_an_error():
 
 
 def test_step_from_a_gradient_hook_of_another_thread_has_the_same_bits(backend):
-    """backward() in a thread of its own, then a step there."""
+    """backward() and step() run in another thread."""
     ours, theirs = make_params([33]), make_params([33])
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     for step in range(4):

@@ -20,7 +20,7 @@ def _benchmarks_can_be_imported(monkeypatch):
 
 
 def run_quickly(name, out):
-    """A benchmark's JSON, from tiny shapes."""
+    """Runs a benchmark on tiny shapes and returns its JSON."""
     pytest.importorskip("matplotlib")
     importlib.import_module(f"benchmarks.{name}").main(
         ["--quick", "--rounds", "2", "--out", str(out)]
@@ -54,7 +54,8 @@ def test_mlp_has_6_parameters_of_ten_thousand_elements():
     assert (len(shapes.mlp()), shapes.numel(shapes.mlp())) == (6, 9674)
 
 
-def test_step_compares_the_pair_in_all_forms(tmp_path):
+@pytest.mark.exhaustive
+def test_step_benchmark_compares_the_pair_in_all_forms(tmp_path):
     results = run_quickly("step", tmp_path)
     assert [case["tensors"] for case in results["cases"]] == [6, 20, 20, 161]
     for case in results["cases"]:
@@ -73,7 +74,8 @@ def test_step_compares_the_pair_in_all_forms(tmp_path):
     assert results["cases"][-1]["memory_floors"]
 
 
-def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
+@pytest.mark.exhaustive
+def test_one_pass_benchmark_compares_the_whole_step_and_each_option(tmp_path):
     results = run_quickly("one_pass", tmp_path)
     assert [len(case["candidates"]) for case in results["cases"]] == [3, 3, 3, 3, 4, 3, 3]
     for case in results["cases"]:
@@ -82,7 +84,8 @@ def test_one_pass_compares_the_whole_step_and_each_option(tmp_path):
         assert case["best_pair"] in [candidate["name"] for candidate in case["candidates"]]
 
 
-def test_backward_memory_measures_both_ways(tmp_path):
+@pytest.mark.exhaustive
+def test_backward_memory_benchmark_measures_both_ways(tmp_path):
     step, in_backward = run_quickly("backward_memory", tmp_path)["ways"]
     assert step["grad_bytes"] == in_backward["grad_bytes"] == 4 * 24 * 256 * 256
     # The momentum and the gradients; the momentum and a gradient or two.
@@ -90,7 +93,7 @@ def test_backward_memory_measures_both_ways(tmp_path):
     assert step["rise_bytes"] - in_backward["rise_bytes"] > 0.7 * step["grad_bytes"]
 
 
-def test_small_tensors_fits_a_line_for_each_number_of_threads(tmp_path):
+def test_small_tensors_benchmark_fits_a_line_for_each_number_of_threads(tmp_path):
     results = run_quickly("small_tensors", tmp_path)
     assert {series["threads"] for series in results["series"]} == {1, torch.get_num_threads()}
     for series in results["series"]:
@@ -100,7 +103,7 @@ def test_small_tensors_fits_a_line_for_each_number_of_threads(tmp_path):
             assert_is_a_timing(entry)
 
 
-def test_threads_times_every_size_on_one_and_two_threads(tmp_path):
+def test_threads_benchmark_times_every_size_on_one_and_two_threads(tmp_path):
     results = run_quickly("threads", tmp_path)
     assert results["kParallelNumel"] > 0
     assert len(results["sizes"]) == 6
@@ -110,7 +113,7 @@ def test_threads_times_every_size_on_one_and_two_threads(tmp_path):
             assert_is_a_timing(timing)
 
 
-def test_gpu_measures_every_candidate_that_runs_here(tmp_path):
+def test_gpu_benchmark_measures_every_candidate(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("the benchmark itself is for a GPU; this is its logic on the CPU")
     results = run_quickly("gpu", tmp_path)
@@ -130,7 +133,7 @@ def test_gpu_measures_every_candidate_that_runs_here(tmp_path):
             assert entry["host"]["median_us"] <= entry["step"]["median_us"]
 
 
-def test_gpu_draws_what_was_measured_elsewhere(tmp_path):
+def test_gpu_benchmark_draws_a_saved_result(tmp_path):
     pytest.importorskip("matplotlib")
     measured = ROOT / "benchmarks/results/gpu_h100.json"
     copied = tmp_path / "measured.json"
@@ -148,7 +151,7 @@ def test_gpu_draws_what_was_measured_elsewhere(tmp_path):
         assert [bar.get_width() for bar in ax.patches[: len(steps)]] == steps
 
 
-def test_gpu_benchmark_keeps_what_it_has_measured_when_it_is_cut_off(monkeypatch, tmp_path):
+def test_gpu_benchmark_saves_each_case_before_the_next(monkeypatch, tmp_path):
     gpu = importlib.import_module("benchmarks.gpu")
 
     def run_case(title, *_):
@@ -163,7 +166,7 @@ def test_gpu_benchmark_keeps_what_it_has_measured_when_it_is_cut_off(monkeypatch
     assert [case["title"] for case in results["cases"]] == ["MLP"]
 
 
-def test_gpu_benchmark_compiles_what_can_be_compiled_in_time(monkeypatch):
+def test_gpu_benchmark_compiles_only_short_tensor_lists(monkeypatch):
     gpu = importlib.import_module("benchmarks.gpu")
     compiled = "compiled SGD, tensor LR + scheduler"
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
@@ -173,35 +176,35 @@ def test_gpu_benchmark_compiles_what_can_be_compiled_in_time(monkeypatch):
     assert compiled not in gpu.builds("cuda", 161)
 
 
-def test_profiler_shows_what_ran_and_warns_of_nothing():
-    """On a GPU its kernels; a warning is an error here as there."""
+def test_device_events_are_what_ran():
+    """On a GPU the events are its kernels. A warning is an error, here and there."""
     gpu = importlib.import_module("benchmarks.gpu")
     events = gpu.device_events(lambda: torch.ones(3).add_(1), "cpu")
     assert [event.name for event in events].count("aten::add_") == 1
 
 
-def test_launches_are_kernels_and_copies_take_time_too():
+def test_device_work_counts_launches_and_all_time():
     gpu = importlib.import_module("benchmarks.gpu")
     events = [("fused_step_kernel", 3.0), ("Memcpy DtoH", 1.0), ("Memset", 0.5)] * 2
     work = gpu.DeviceWork.of([gpu.KernelEvent(*event) for event in events], steps=2)
     assert work == gpu.DeviceWork(launches=1, microseconds=4.5)
 
 
-def test_the_line_through_points_on_a_line_is_that_line():
+def test_fit_line_recovers_a_line():
     small_tensors = importlib.import_module("benchmarks.small_tensors")
     counts = [10, 100, 1000]
     line = small_tensors.fit_line(counts, [2e-6 + 70e-9 * count for count in counts])
     assert line == pytest.approx((2e-6, 70e-9), rel=1e-9, abs=0)
 
 
-def test_a_ratio_is_the_median_of_the_rounds_ratios():
+def test_ratio_is_the_median_over_rounds():
     Timing = importlib.import_module("benchmarks.harness").Timing
     slow, fast = Timing("slow", 1, [2.0, 20.0, 3.0]), Timing("fast", 1, [1.0, 10.0, 1.0])
     assert slow.ratio_to(fast) == 2
 
 
 def ignores_momentum(params):
-    """Has a momentum buffer like everybody, and does not look at it."""
+    """Makes a momentum buffer and ignores it."""
     harness = importlib.import_module("benchmarks.harness")
     optimizer = FusedSGDR(params, **harness.OPTIONS | harness.SCHEDULE)
 
@@ -218,7 +221,7 @@ MISSING = ["momentum", "Nesterov", "weight decay", "the schedule", "the restart"
 
 @pytest.mark.parametrize("missing", [*MISSING, "the use of the buffer"])
 @pytest.mark.parametrize("options", [{}, {"momentum_dtype": torch.bfloat16}], ids=str)
-def test_candidate_that_makes_another_update_is_not_timed(missing, options):
+def test_candidate_with_a_wrong_update_is_not_timed(missing, options):
     harness = importlib.import_module("benchmarks.harness")
     assert list(harness.WITHOUT) == MISSING
 
@@ -249,14 +252,14 @@ def test_one_pass_times_no_candidate_that_does_less(by_backward):
             )
 
 
-def test_candidate_that_takes_no_norm_is_not_timed():
+def test_candidate_without_a_norm_is_not_timed():
     harness = importlib.import_module("benchmarks.harness")
     workload = harness.Workload([(5,), (3, 2)])
     with pytest.raises(AssertionError, match="it takes no norm"):
         workload.candidate("it", 1, harness.fused_sgdr, max_grad_norm=1e9)
 
 
-def test_tolerance_that_hides_a_missing_option_is_refused():
+def test_tolerance_that_would_hide_a_missing_option_is_refused():
     harness = importlib.import_module("benchmarks.harness")
     workload = harness.Workload([(5,), (3, 2)])
     with pytest.raises(AssertionError, match=r"loose: a tolerance of .* hide that weight decay"):
@@ -268,7 +271,7 @@ def test_tolerance_that_hides_a_missing_option_is_refused():
 
 
 def test_gpu_benchmark_times_no_candidate_that_ignores_momentum(monkeypatch, tmp_path):
-    """As the kernel did on the first GPU that it ran on, and the benchmark did not see."""
+    """A kernel once ignored the momentum on a GPU, and the benchmark did not notice."""
     gpu = importlib.import_module("benchmarks.gpu")
     harness = importlib.import_module("benchmarks.harness")
     monkeypatch.setattr(gpu, "builds", lambda *_: {gpu.NATIVE: ignores_momentum})
@@ -277,7 +280,7 @@ def test_gpu_benchmark_times_no_candidate_that_ignores_momentum(monkeypatch, tmp
         gpu.run_case("MLP", importlib.import_module("benchmarks.shapes").mlp(), settings, "cpu")
 
 
-def test_the_memory_floor_reads_and_writes_every_element():
+def test_memory_floor_reads_and_writes_every_element():
     harness = importlib.import_module("benchmarks.harness")
     memory_floor = importlib.import_module("benchmarks.memory_floor")
     workload = harness.Workload([(3,), (1 << 13,), (100, 333)])

@@ -1,4 +1,4 @@
-"""The example of training in bfloat16."""
+"""examples/bfloat16.py."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ def example():
     return module
 
 
-def test_every_way_and_seed_is_written(example, tmp_path, capsys):
+def test_results_hold_every_way_and_seed(example, tmp_path, capsys):
     example.main(["--epochs", "1", "--seeds", "2", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "bfloat16.json").read_text())
     assert set(written["accuracies"]) == set(example.WAYS)
@@ -38,11 +38,11 @@ def test_every_way_and_seed_is_written(example, tmp_path, capsys):
         ([0.89, 0.90, 0.91], False),
     ],
 )
-def test_the_verdict_is_by_the_standard_error(example, found, verdict):
+def test_verdict_depends_on_the_standard_error(example, found, verdict):
     assert example.reaches(found, [0.9, 0.91, 0.92]) is verdict
 
 
-def test_the_committed_run_shows_what_the_page_says(example):
+def test_committed_results_support_the_page(example):
     written = json.loads((REPOSITORY / "examples" / "bfloat16.json").read_text())
     assert written["reaches"] == {
         example.FULL: True,

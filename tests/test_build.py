@@ -1,4 +1,4 @@
-"""What setup.py says it builds, and why. It builds nothing here."""
+"""setup.py says what it would build, and why. Nothing is built here."""
 
 import os
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def setup(**variables):
-    """Exit status and stderr of setup.py, asked for no more than the name."""
+    """Exit status and stderr of `setup.py --name`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SGDR_", "TORCH_", "CUDA_"))}
     ran = subprocess.run(
         [sys.executable, "setup.py", "--name"],
@@ -26,7 +26,7 @@ def setup(**variables):
     return ran.returncode, ran.stderr
 
 
-def test_a_cuda_backend_is_left_out_where_torch_has_no_cuda():
+def test_no_cuda_backend_without_cuda_in_torch():
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
     pytest.importorskip("setuptools")
@@ -39,7 +39,7 @@ def test_a_cuda_backend_is_left_out_where_torch_has_no_cuda():
     assert "SGDR_FUSED_CUDA=1, but this torch is built without CUDA" in said
 
 
-def test_a_cuda_backend_is_built_where_torch_and_nvcc_have_cuda():
+def test_cuda_backend_with_cuda_in_torch_and_nvcc():
     if torch.version.cuda is None or shutil.which("nvcc") is None:
         pytest.skip("needs a torch with CUDA, and an nvcc")
     status, said = setup()
@@ -56,7 +56,7 @@ def test_a_cuda_backend_is_built_where_torch_and_nvcc_have_cuda():
     assert "no CUDA backend: SGDR_FUSED_CUDA=0" in said
 
 
-def test_a_cuda_backend_is_left_out_where_there_is_no_nvcc(tmp_path):
+def test_no_cuda_backend_without_nvcc(tmp_path):
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA")
     status, said = setup(CUDA_HOME=str(tmp_path))

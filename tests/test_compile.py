@@ -1,4 +1,4 @@
-"""A whole training step under torch.compile: the eager result, in one graph that stays."""
+"""A training step under torch.compile equals the eager one, without recompilation."""
 
 import copy
 
@@ -12,11 +12,11 @@ from sgdr_fused.compiled import TracedStepper
 
 pytestmark = [
     pytest.mark.skipif(native.extension is None, reason=native.why_missing),
-    # Dynamo's own imports at the first graph, and its look at the loss, which is handed on from
-    # one graph to the next.
+    # Dynamo itself causes these: by its imports at the first graph, and as it inspects the loss,
+    # which is passed from one graph to the next.
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    # It says so of Python 3.13.0.
+    # Dynamo warns of this on Python 3.13.0.
     pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),
 ]
 
@@ -32,7 +32,7 @@ def _fresh():
 
 
 class Graphs:
-    """A backend of torch.compile that runs graphs as they are, and keeps their code."""
+    """A backend of torch.compile that runs graphs unchanged and keeps their code."""
 
     def __init__(self):
         self.code = []
@@ -77,7 +77,7 @@ def breaks():
     [{}, {"nesterov": True}, {"momentum": 0.0}, {"reset_momentum": True, "maximize": True}],
     ids=str,
 )
-def test_a_compiled_training_step_gives_the_eager_result(options):
+def test_compiled_training_step_equals_the_eager_one(options):
     ours, usual = models()
     compiled = FusedSGDR(ours.parameters(), **OPTIONS | options)
     eager = FusedSGDR(usual.parameters(), **OPTIONS | options)
@@ -100,7 +100,7 @@ def test_a_compiled_training_step_gives_the_eager_result(options):
     assert_same_state(compiled, list(ours.parameters()), eager, list(usual.parameters()))
 
 
-def test_the_graph_stays_as_the_lr_moves_and_breaks_no_more_than_torchs_sgd():
+def test_compiled_step_does_not_recompile_as_the_lr_changes():
     ours, theirs = models()
     optimizer = FusedSGDR(ours.parameters(), **OPTIONS)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -118,7 +118,7 @@ def test_the_graph_stays_as_the_lr_moves_and_breaks_no_more_than_torchs_sgd():
     assert our_graphs <= counters["stats"]["unique_graphs"]
 
 
-def test_inductor_gives_the_eager_result():
+def test_inductor_step_equals_the_eager_one():
     ours, usual = models()
     compiled = FusedSGDR(ours.parameters(), **OPTIONS)
     eager = FusedSGDR(usual.parameters(), **OPTIONS)
@@ -156,7 +156,7 @@ def test_eager_and_compiled_steps_may_take_turns():
         assert torch.equal(p, q)
 
 
-def test_what_is_done_between_steps_holds_in_the_graph():
+def test_changes_between_steps_apply_to_the_compiled_step():
     ours, usual = models()
     compiled = FusedSGDR(ours.parameters(), **OPTIONS)
     eager = FusedSGDR(usual.parameters(), **OPTIONS)
@@ -192,7 +192,7 @@ def test_what_is_done_between_steps_holds_in_the_graph():
     ],
     ids=str,
 )
-def test_what_the_op_does_not_know_is_done_out_of_the_graph(options):
+def test_options_that_the_op_lacks_run_outside_the_graph(options):
     ours, usual = models()
     compiled = FusedSGDR(ours.parameters(), **OPTIONS, **options)
     eager = FusedSGDR(usual.parameters(), **OPTIONS, **options)
@@ -208,7 +208,7 @@ def test_what_the_op_does_not_know_is_done_out_of_the_graph(options):
     assert_same_state(compiled, list(ours.parameters()), eager, list(usual.parameters()))
 
 
-def test_a_skipped_step_moves_nothing_in_the_graph():
+def test_skipped_compiled_step_changes_nothing():
     (model,) = models(1)
     optimizer = FusedSGDR(model.parameters(), **OPTIONS)
     step = torch.compile(lambda: optimizer.step(), backend="eager")

@@ -19,7 +19,7 @@ def demo(tmp_path_factory):
     return printed, json.loads(picture.with_suffix(".json").read_text()), picture.read_bytes()
 
 
-def test_demo_trains_as_the_pair_does_to_the_last_bit(demo):
+def test_demo_equals_the_pair_bit_for_bit(demo):
     _, results, _ = demo
     assert results["largest_loss_difference"] == 0
     assert results["same_parameters_as_the_pair"]
@@ -27,7 +27,7 @@ def test_demo_trains_as_the_pair_does_to_the_last_bit(demo):
     assert accuracies[0] == accuracies[1] > 0.8
 
 
-def test_demo_resumes_amid_a_cycle_to_the_last_bit(demo):
+def test_demo_resumes_within_a_cycle_bit_for_bit(demo):
     _, results, _ = demo
     assert results["resumed_is_identical"]
     assert 0 < results["resumed_at_step"] < results["steps"]

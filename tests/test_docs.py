@@ -1,4 +1,4 @@
-"""The pages: their code runs, their links lead somewhere, and the site needs no network."""
+"""The pages: their code runs, their links exist, and the site needs no network."""
 
 import inspect
 import re
@@ -71,7 +71,7 @@ def test_example_in_the_docstring_runs(documented):
 
 @pytest.mark.parametrize("page", PROSE, ids=by_name)
 def test_links_are_well_formed_and_files_exist(page):
-    """Anchors are checked when the site is built; addresses in the web are not visited."""
+    """Anchors are checked when the site is built; web addresses are not visited."""
     for link in pages.links(page):
         parts = urlsplit(link)
         if parts.scheme:
@@ -85,7 +85,7 @@ def test_links_are_well_formed_and_files_exist(page):
 
 
 class _Resources(HTMLParser):
-    """What a browser fetches to show a page."""
+    """Addresses that a browser fetches to show a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -104,8 +104,7 @@ class _Resources(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The pages of the built site. A page in no table of contents, or a link that leads nowhere,
-    is an error."""
+    """The pages of the built site. A page in no table of contents, or a dead link, is an error."""
     for module in ("sphinx", "myst_parser", "furo", "latex2mathml"):
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("site")
@@ -156,7 +155,7 @@ def test_reference_documents_every_public_name(site):
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_page_that_is_wrong_is_found(page, tmp_path):
+def test_wrong_page_fails(page, tmp_path):
     path = tmp_path / "page.md"
     path.write_text(page[1])
     with (
@@ -166,7 +165,7 @@ def test_a_page_that_is_wrong_is_found(page, tmp_path):
         pages.run(path, pages.prelude())
 
 
-def test_a_page_that_is_right_runs(tmp_path):
+def test_right_page_passes(tmp_path):
     path = tmp_path / "page.md"
     path.write_text(
         "```python\nx = 1\n```\ntext\n```python\nprint(x)\n```\n\n```output\n1\n```\n"

@@ -1,4 +1,4 @@
-"""ema_decay: averages of the weights in the same pass."""
+"""ema_decay: averages of the weights, updated in the same pass."""
 
 import copy
 
@@ -17,7 +17,7 @@ def ema_of(optimizer, param):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
-def test_ema_is_the_recurrence(backend, dtype, decay):
+def test_ema_follows_its_formula(backend, dtype, decay):
     params = make_params([1, 70, 1003], dtype)
     optimizer = FusedSGDR(params, **OPTIONS, ema_decay=decay, backend=backend)
     averages = None
@@ -36,7 +36,7 @@ def test_ema_is_the_recurrence(backend, dtype, decay):
             assert same_bits(ema_of(optimizer, p), average)
 
 
-def test_swa_is_torchs_average_of_the_weights_at_cycle_ends(backend):
+def test_swa_equals_torchs_average_of_the_weights_at_cycle_ends(backend):
     model = torch.nn.Linear(70, 10)
     optimizer = FusedSGDR(model.parameters(), **OPTIONS, ema_decay="swa", backend=backend)
     averaged = AveragedModel(model)
@@ -55,7 +55,7 @@ def test_swa_is_torchs_average_of_the_weights_at_cycle_ends(backend):
     assert seen == 3
 
 
-def test_half_parameters_have_averages_in_float32(backend, half_dtype):
+def test_ema_of_half_precision_parameters_is_float32(backend, half_dtype):
     params = make_params([70], half_dtype)
     optimizer = FusedSGDR(params, **OPTIONS, ema_decay=0.99, backend=backend)
     for step in range(5):
@@ -68,7 +68,7 @@ def test_half_parameters_have_averages_in_float32(backend, half_dtype):
     assert same_bits(ema_of(restored, loaded), ema_of(optimizer, params[0]))
 
 
-def test_swap_ema_puts_the_averages_in_place_and_back(backend):
+def test_swap_ema_swaps_the_averages_in_and_back(backend):
     params = [*make_params([7, 300]), *make_params([9], torch.bfloat16)]
     idle = torch.nn.Parameter(torch.ones(3))
     optimizer = FusedSGDR([*params, idle], **OPTIONS, ema_decay=0.9, backend=backend)
@@ -97,7 +97,7 @@ def test_swap_ema_restores_the_weights_after_an_error(backend):
     optimizer.step()
 
 
-def test_a_step_within_swap_ema_is_an_error(backend):
+def test_step_inside_swap_ema_is_an_error(backend):
     params = make_params([7])
     optimizer = FusedSGDR(params, **OPTIONS, ema_decay=0.9, backend=backend)
     give_gradients(0, params)
@@ -128,7 +128,7 @@ def test_ema_state_dict_needs_names(backend):
 
 
 @pytest.mark.parametrize("mode", [0.9, "swa"])
-def test_averages_are_saved_and_continue_to_the_bit(backend, mode, tmp_path):
+def test_averages_resume_bit_for_bit(backend, mode, tmp_path):
     params = make_params([70, 3])
     optimizer = FusedSGDR(params, **OPTIONS, ema_decay=mode, backend=backend)
     for step in range(10):
@@ -147,7 +147,7 @@ def test_averages_are_saved_and_continue_to_the_bit(backend, mode, tmp_path):
             assert same_bits(ema_of(optimizer, p), ema_of(other, q))
 
 
-def test_a_group_may_go_without_an_average(backend):
+def test_group_may_have_no_average(backend):
     params = make_params([7, 7])
     groups = [{"params": params[:1]}, {"params": params[1:], "ema_decay": None}]
     optimizer = FusedSGDR(groups, **OPTIONS, ema_decay=0.9, backend=backend)
@@ -163,7 +163,7 @@ def test_ema_decay_out_of_range_is_an_error(value):
         FusedSGDR(make_params([4]), **OPTIONS, ema_decay=value)
 
 
-def test_an_average_that_does_not_fit_is_an_error_and_changes_nothing(backend):
+def test_ema_of_a_wrong_dtype_is_an_error_and_changes_nothing(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, ema_decay=0.5, backend=backend)
     give_gradients(0, params)

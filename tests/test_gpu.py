@@ -1,5 +1,5 @@
-"""On a GPU: the scenarios that cuda_on_cpu/test_path.py runs without one, and what needs torch's
-own kernels. `pytest -m gpu`; under `compute-sanitizer --tool memcheck` too.
+"""On a GPU, by `pytest -m gpu`: the scenarios that cuda_on_cpu/test_path.py runs without one, and
+tests that need torch's own kernels. `compute-sanitizer --tool memcheck` works too.
 """
 
 import cuda_scenarios
@@ -34,7 +34,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_the_gpu_does_what_the_cpu_does(name):
+def test_gpu_equals_the_cpu(name):
     SCENARIOS[name]()
 
 
@@ -54,8 +54,8 @@ def test_launches(tensors, launches):
     assert all("fused_step_kernel" in name for name in kernels)
 
 
-def test_grad_scaler_that_skips_step_1():
-    """torch's fused SGD then has uninitialised momentum, and NaN from the next step on."""
+def test_grad_scaler_may_skip_the_first_step():
+    """torch's fused SGD then has uninitialised momentum, and NaN after the next step."""
     expected, gpu = both((4, 300))
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**4, growth_interval=1000)
     for i in range(6):
@@ -128,7 +128,7 @@ def test_whole_training_step_in_a_graph():
 
 
 def test_large_tensors_and_all_blocks():
-    """Several chunks a block, and a tail."""
+    """Each block has several chunks, and there is a tail."""
     cpu, gpu = both((30_000_001, 12_345_678))
     for i in range(3):
         give_gradients(i, cpu, gpu)

@@ -1,4 +1,4 @@
-"""max_grad_norm and skip_nonfinite: the norm of all gradients, clipped to or protected by."""
+"""max_grad_norm and skip_nonfinite: clipping and skipping by the norm of all gradients."""
 
 import math
 
@@ -22,43 +22,61 @@ from sgdr_fused import FusedSGDR
 from sgdr_fused.reference.norm import sum_of_squares
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 3, "T_mult": 2}
-# Around a lane's row, a chunk and several of them.
+# Around a row of lanes, a chunk and several chunks.
 NORM_SIZES = (*SIZES, 127, 128, 129, 4095, 4096, 4097, 8192 + 130, 300_001)
 
 
 def exact_norm(grads):
-    """Correctly rounded, but for the last root."""
+    """Correctly rounded except for the final square root."""
     return math.sqrt(math.fsum(float(x) ** 2 for grad in grads for x in grad.double().reshape(-1)))
 
 
-@pytest.mark.parametrize("size", NORM_SIZES)
-def test_grad_norm_is_the_norm_of_all_gradients(backend, size):
-    params = make_params([size, 5])
-    optimizer = FusedSGDR(params, **OPTIONS, max_grad_norm=1.0, backend=backend)
-    give_gradients(0, params)
-    optimizer.step()
-    assert optimizer.grad_norm.dtype == torch.float64
-    assert optimizer.grad_norm.shape == ()
-    wanted = exact_norm([p.grad for p in params])
-    # Each of at most n additions in double rounds once.
-    assert abs(float(optimizer.grad_norm) / wanted - 1) <= (size + 5) * 2**-53
+def test_grad_norm_is_the_norm_of_all_gradients(backend):
+    for size in NORM_SIZES:
+        params = make_params([size, 5])
+        optimizer = FusedSGDR(params, **OPTIONS, max_grad_norm=1.0, backend=backend)
+        give_gradients(0, params)
+        optimizer.step()
+        assert optimizer.grad_norm.dtype == torch.float64
+        assert optimizer.grad_norm.shape == ()
+        wanted = exact_norm([p.grad for p in params])
+        # Each of at most n additions in double rounds once.
+        assert abs(float(optimizer.grad_norm) / wanted - 1) <= (size + 5) * 2**-53, size
+
+
+def uneven_grad(shape, generator):
+    """A gradient whose magnitudes differ so much that each addition rounds."""
+    scale = torch.randint(-5, 5, shape, generator=generator).double().exp2()
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_the_norm_is_summed_up_in_the_order_of_the_reference(backend, dtype):
-    """Gradients of so many sizes of number that each addition rounds."""
+def test_norm_equals_the_reference_bit_for_bit(backend, dtype):
     generator = torch.Generator().manual_seed(0)
     for size in (*range(1, 140), 255, 300):
         param = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
-        scale = torch.randint(-5, 5, (size,), generator=generator).double().exp2()
-        grad = torch.randn(size, generator=generator, dtype=torch.float64) * scale
-        param.grad = grad.to(dtype)
+        param.grad = uneven_grad((size,), generator).to(dtype)
         optimizer = FusedSGDR([param], **OPTIONS, max_grad_norm=1.0, backend=backend)
         optimizer.step()
         expected = math.sqrt(sum_of_squares([param.grad]))
         assert float(optimizer.grad_norm) == expected, f"{size} elements"
+
+
+def test_norm_of_any_layout_equals_the_reference(layout):
+    """Both add in the order of the parameter's memory."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        grad = uneven_grad((4, 3, 5, 18), generator)
+        norms = []
+        for backend in ("native", "reference"):
+            param = torch.nn.Parameter(layout(torch.zeros_like(grad)))
+            param.grad = grad.clone()
+            optimizer = FusedSGDR([param], **OPTIONS, max_grad_norm=1.0, backend=backend)
+            optimizer.step()
+            norms.append(optimizer.grad_norm)
+        assert same_bits(*norms)
 
 
 def test_gradients_are_clipped_as_by_clip_grad_norm(backend):
@@ -79,7 +97,7 @@ def test_gradients_are_clipped_as_by_clip_grad_norm(backend):
 
 @pytest.mark.parametrize("max_grad_norm", [1e-7, 1e-6, 3e-6])
 def test_tiny_gradients_are_clipped_as_by_clip_grad_norm(backend, max_grad_norm):
-    """Which adds 1e-6 to the norm: seen where the norm is no larger, on parameters of zero."""
+    """clip_grad_norm_ adds 1e-6 to the norm, which is visible if the norm is about as small."""
     ours, theirs = ([torch.nn.Parameter(torch.zeros(size)) for size in (10, 300)] for _ in range(2))
     optimizer = FusedSGDR(ours, lr=0.5, T_0=3, max_grad_norm=max_grad_norm, backend=backend)
     give_gradients(0, ours, theirs)
@@ -92,7 +110,7 @@ def test_tiny_gradients_are_clipped_as_by_clip_grad_norm(backend, max_grad_norm)
         torch.testing.assert_close(our.detach(), -0.5 * their.grad, rtol=4 * 2**-23, atol=0)
 
 
-def test_gradients_below_the_limit_are_left_alone(backend):
+def test_gradients_below_the_limit_are_not_clipped(backend):
     ours = make_params([10, 300])
     theirs = copies_of(ours)
     optimizer = FusedSGDR(ours, **OPTIONS, max_grad_norm=1e6, backend=backend)
@@ -104,7 +122,7 @@ def test_gradients_below_the_limit_are_left_alone(backend):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-def test_the_norm_spans_all_groups_and_dtypes(backend):
+def test_norm_spans_all_groups_and_dtypes(backend):
     params = [
         *make_params([4, 70]),
         *make_params([9], torch.float64),
@@ -121,7 +139,7 @@ def test_the_norm_spans_all_groups_and_dtypes(backend):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_grad_scale_is_taken_out_before_clipping(backend, maximize):
+def test_gradients_are_unscaled_before_clipping(backend, maximize):
     ours, scaled = make_params([10, 300]), make_params([10, 300])
     options = OPTIONS | {"max_grad_norm": 0.5, "maximize": maximize, "backend": backend}
     optimizer, with_scaler = FusedSGDR(ours, **options), FusedSGDR(scaled, **options)
@@ -137,7 +155,7 @@ def test_grad_scale_is_taken_out_before_clipping(backend, maximize):
         assert_same(optimizer, ours, with_scaler, scaled)
 
 
-def test_the_norm_has_the_same_bits_for_any_number_of_threads():
+def test_norm_does_not_depend_on_the_number_of_threads():
     params = make_params([1 << 20, 70, 300_001])
     optimizer = FusedSGDR(params, **OPTIONS, max_grad_norm=1.0, backend="native")
     norms = []
@@ -163,7 +181,7 @@ def test_squares_of_large_gradients_do_not_overflow(backend):
     assert params[0].isfinite().all()
 
 
-def test_an_infinite_norm_makes_what_clip_grad_norm_makes_of_it(backend):
+def test_infinite_norm_clips_as_clip_grad_norm_does(backend):
     ours = make_params([5])
     theirs = copies_of(ours)
     optimizer = FusedSGDR(ours, **OPTIONS, max_grad_norm=1.0, backend=backend)
@@ -194,7 +212,7 @@ def test_step_with_a_nonfinite_gradient_changes_nothing(backend, bad, first_good
     assert not math.isfinite(float(optimizer.grad_norm))
 
 
-def test_training_goes_on_as_if_the_skipped_steps_had_not_been(backend):
+def test_skipped_steps_leave_no_trace(backend):
     clean, hit = make_params([10, 300]), make_params([10, 300])
     options = OPTIONS | {"ema_decay": "swa", "backend": backend}
     without = FusedSGDR(clean, **options)
@@ -212,7 +230,7 @@ def test_training_goes_on_as_if_the_skipped_steps_had_not_been(backend):
     assert_same_state(without, clean, protected, hit)
 
 
-def test_the_count_of_skipped_steps_is_saved(backend):
+def test_count_of_skipped_steps_is_saved(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, skip_nonfinite=True, backend=backend)
     params[0].grad = torch.full((4,), math.nan)
@@ -222,7 +240,7 @@ def test_the_count_of_skipped_steps_is_saved(backend):
     assert other.skipped_steps == 1
 
 
-def test_a_scalers_skipped_steps_are_counted_too(backend):
+def test_steps_skipped_by_a_scaler_are_counted(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)
     scaler = make_scaler(2.0)
@@ -231,7 +249,7 @@ def test_a_scalers_skipped_steps_are_counted_too(backend):
     assert optimizer.skipped_steps == 1
 
 
-def test_options_can_be_changed_between_steps(backend):
+def test_clipping_may_change_between_steps(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)
     give_gradients(0, params)
@@ -246,7 +264,7 @@ def test_options_can_be_changed_between_steps(backend):
     assert optimizer.grad_norm is None
 
 
-def test_no_gradients_have_norm_zero(backend):
+def test_norm_without_gradients_is_zero(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, max_grad_norm=1.0, backend=backend)
     optimizer.step()

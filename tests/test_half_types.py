@@ -1,6 +1,6 @@
 """Half precision and mixed dtypes: native and reference agree to the bit.
 
-torch rounds to half precision after every operation there, so the pair is no yardstick; the
+torch rounds to half precision after every operation, so the pair cannot be compared with; the
 reference computes in float32 and rounds once.
 """
 
@@ -19,7 +19,7 @@ OPTIONS = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, 
 
 
 def both_backends(params, **options):
-    """Optimizers of both backends, each with its parameters."""
+    """An optimizer of each backend, with its parameters."""
     other = copies_of(params)
     options = OPTIONS | options
     return (
@@ -39,24 +39,24 @@ def assert_same_steps(native_side, reference_side, steps, before_each=None):
         assert_same(*native_side, *reference_side, f"after step {step}")
 
 
-def test_every_option_is_the_references_at_every_size(half_dtype, any_options):
+def test_every_option_equals_the_reference_at_every_size(half_dtype, any_options):
     params = make_params(SIZES, half_dtype)
     reset = {"momentum": 0, "nesterov": False, "weight_decay": 0}
     assert_same_steps(*both_backends(params, **reset | any_options), 10)
 
 
-def test_half_precision_is_the_references_for_many_steps(half_dtype):
+def test_half_precision_equals_the_reference_for_many_steps(half_dtype):
     params = make_params([33, 257], half_dtype)
     assert_same_steps(*both_backends(params, T_mult=2), 300)
 
 
-def test_half_precision_is_the_references_around_a_threads_chunk(half_dtype):
+def test_half_precision_equals_the_reference_around_a_threads_chunk(half_dtype):
     params = make_params([16383, 16384, 16385, 300_001], half_dtype)
     assert_same_steps(*both_backends(params), 3)
 
 
 def test_reference_computes_in_float32_and_rounds_once(half_dtype):
-    """Against the formula in float32, where one parameter is rounded after each step."""
+    """Compares one step with the formula in float64."""
     (param,) = make_params([257], half_dtype)
     lr, mu, decay = (torch.tensor(x, dtype=torch.float32) for x in (0.05, 0.9, 1e-2))
     optimizer = FusedSGDR([param], backend="reference", **OPTIONS)
@@ -83,7 +83,7 @@ def test_update_smaller_than_half_an_ulp_is_rounded_to_nearest_even(backend, hal
     assert same_bits(param.detach(), rounded)
 
 
-def test_special_values_are_the_references(half_dtype, any_options):
+def test_special_values_equal_the_reference(half_dtype, any_options):
     finfo = torch.finfo(half_dtype)
     special = [
         *(0.0, -0.0, math.inf, -math.inf, math.nan),
@@ -101,7 +101,7 @@ def test_special_values_are_the_references(half_dtype, any_options):
         assert_same(*sides[0], *sides[1], f"after step {step}")
 
 
-def test_parameter_that_grows_too_large_becomes_infinite(backend, half_dtype):
+def test_overflowing_parameter_becomes_infinite(backend, half_dtype):
     largest = torch.finfo(half_dtype).max
     param = torch.nn.Parameter(torch.full([33], largest, dtype=half_dtype))
     param.grad = torch.full_like(param, -largest)
@@ -117,7 +117,7 @@ def test_subnormal_parameters_are_not_flushed_to_zero(backend, half_dtype):
     assert (param == smallest / 2).all()
 
 
-def test_dtypes_may_be_mixed_in_one_group(any_options):
+def test_one_group_may_mix_dtypes(any_options):
     params = [
         param
         for i, dtype in enumerate((*ALL_DTYPES, *reversed(ALL_DTYPES)))
@@ -129,7 +129,7 @@ def test_dtypes_may_be_mixed_in_one_group(any_options):
 
 @pytest.mark.parametrize("grad_dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("param_dtype", ALL_DTYPES, ids=str)
-def test_gradient_of_another_dtype_is_taken(param_dtype, grad_dtype):
+def test_gradient_may_have_another_dtype(param_dtype, grad_dtype):
     sides = both_backends(make_params([257, 33, 1], param_dtype))
     for step in range(5):
         for optimizer, params in sides:
@@ -145,7 +145,7 @@ def test_gradient_of_another_dtype_is_taken(param_dtype, grad_dtype):
 
 @pytest.mark.parametrize("momentum_dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("param_dtype", ALL_DTYPES, ids=str)
-def test_momentum_buffer_of_another_dtype_is_used_and_kept(param_dtype, momentum_dtype):
+def test_momentum_buffer_keeps_its_own_dtype(param_dtype, momentum_dtype):
     sides = both_backends(make_params([257, 33, 1], param_dtype))
 
     def convert(step, side):
@@ -174,7 +174,7 @@ def test_misaligned_half_precision_parameter_is_updated(half_dtype, offset):
 
 @pytest.mark.parametrize("dtype", HALF_PRECISION, ids=str)
 def test_training_in_half_precision_learns(backend, dtype):
-    """Sanity: a mean is found to the precision of the dtype."""
+    """Training finds a mean to the precision of the dtype."""
     param = torch.nn.Parameter(torch.zeros(33, dtype=dtype))
     target = torch.linspace(-1, 1, 33).to(dtype)
     optimizer = FusedSGDR([param], lr=0.5, momentum=0.5, T_0=50, backend=backend)

@@ -1,4 +1,4 @@
-"""step() is torch.optim.Optimizer's in all that surrounds the update."""
+"""step() behaves like torch.optim.Optimizer's: closure, hooks, profiling and autograd."""
 
 import copy
 
@@ -74,7 +74,7 @@ def test_error_in_a_closure_changes_nothing(backend):
     optimizer.step()
 
 
-def test_step_from_within_a_closure_is_a_step_before_the_step(backend):
+def test_step_inside_a_closure_precedes_the_outer_step(backend):
     optimizer, _ = make(backend)
     optimizer.step(lambda: optimizer.step())
     assert optimizer.param_groups[0]["step"] == 2
@@ -136,7 +136,7 @@ def test_hook_added_later_runs_from_then_on(backend, register):
     assert seen == [1, 1]
 
 
-def test_pre_hook_may_exchange_the_arguments(backend):
+def test_pre_hook_may_replace_the_arguments(backend):
     optimizer, _ = make(backend)
     optimizer.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: "exchanged"), {}))
     assert optimizer.step(lambda: "given") == "exchanged"
@@ -161,7 +161,7 @@ def test_pre_hook_may_change_gradients_and_options(backend):
         assert_same(optimizer, ours, pair, theirs)
 
 
-def test_hooks_run_once_where_a_subclass_overrides_step(backend):
+def test_hooks_run_once_if_a_subclass_overrides_step(backend):
     class Announced(FusedSGDR):
         def step(self, closure=None):
             return super().step(closure)
@@ -174,7 +174,7 @@ def test_hooks_run_once_where_a_subclass_overrides_step(backend):
     assert seen == ["pre", "post"]
 
 
-def test_subclass_without_a_step_of_its_own_is_stepped(backend):
+def test_subclass_that_inherits_step_works(backend):
     class Renamed(FusedSGDR):
         pass
 
@@ -227,9 +227,50 @@ def test_profiled_steps_have_the_same_bits(backend):
 # ----------------------------------------------------------------------------------------- autograd
 
 
-def test_graph_saved_before_the_step_refuses_backward_after_it(backend):
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.ones(9),
+        torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.ones(18)[::2],
+        torch.ones(9, dtype=torch.complex64),
+        torch.ones(9, dtype=torch.bfloat16),
+        torch.ones(200_000),
+    ],
+    ids=["dense", "channels_last", "strided", "complex", "bfloat16", "large"],
+)
+def test_graph_saved_before_the_step_refuses_backward_after_it(backend, values):
+    param = values.clone().requires_grad_()
+    optimizer = FusedSGDR([param], backend=backend, **OPTIONS)
+    for _ in range(2):
+        param.grad = torch.ones_like(param).contiguous()
+        loss = (param * param).sum().abs()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_graph_of_a_parameter_without_a_gradient_allows_backward_after_the_step(backend):
     optimizer, params = make(backend)
+    params[0].grad = None
     loss = (params[0] * params[0]).sum()
+    optimizer.step()
+    loss.backward()
+
+
+def test_graph_through_the_gradient_allows_backward_after_the_step(backend):
+    optimizer, params = make(backend)
+    weight = torch.ones(9, requires_grad=True)
+    loss = (weight * params[0].grad).sum()
+    optimizer.step()
+    loss.backward()
+
+
+def test_graph_through_the_momentum_refuses_backward_after_the_step(backend):
+    optimizer, params = make(backend)
+    optimizer.step()
+    weight = torch.ones(9, requires_grad=True)
+    loss = (weight * optimizer.state[params[0]]["momentum_buffer"]).sum()
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -244,49 +285,6 @@ def test_graph_through_a_view_refuses_backward_after_the_step(backend, make_view
         loss.backward()
 
 
-@pytest.mark.parametrize(
-    "param",
-    [
-        torch.ones(9),
-        torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        torch.ones(18)[::2],
-        torch.ones(9, dtype=torch.complex64),
-        torch.ones(9, dtype=torch.bfloat16),
-        torch.ones(200_000),
-    ],
-    ids=["dense", "channels_last", "strided", "complex", "bfloat16", "large"],
-)
-def test_every_write_is_seen_by_the_version_counter(backend, param):
-    param.requires_grad_()
-    optimizer = FusedSGDR([param], backend=backend, **OPTIONS)
-    for _ in range(2):
-        version = param._version
-        param.grad = torch.ones_like(param).contiguous()
-        grad_version = param.grad._version
-        optimizer.step()
-        assert param._version > version
-        if backend == "native":
-            assert param._version == version + 1
-        assert param.grad._version == grad_version
-
-
-def test_write_to_the_momentum_is_seen_by_its_version_counter(backend):
-    optimizer, params = make(backend)
-    optimizer.step()
-    buffer = optimizer.state[params[0]]["momentum_buffer"]
-    version = buffer._version
-    optimizer.step()
-    assert buffer._version > version
-
-
-def test_parameter_without_a_gradient_keeps_its_version(backend):
-    optimizer, params = make(backend)
-    params[0].grad = None
-    version = params[0]._version
-    optimizer.step()
-    assert params[0]._version == version
-
-
 def test_step_records_no_graph(backend):
     optimizer, params = make(backend)
     with torch.enable_grad():
@@ -297,8 +295,8 @@ def test_step_records_no_graph(backend):
     assert torch.is_grad_enabled()
 
 
-def test_gradient_that_requires_grad_is_taken(backend):
-    """After backward(create_graph=True)."""
+def test_gradient_may_require_grad(backend):
+    """A gradient requires grad after backward(create_graph=True)."""
     ours, theirs = make_params([9]), make_params([9])
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     for _ in range(3):
@@ -312,7 +310,7 @@ def test_gradient_that_requires_grad_is_taken(backend):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_is_torchs(backend, set_to_none):
+def test_zero_grad_works_as_in_torch(backend, set_to_none):
     optimizer, params = make(backend)
     optimizer.zero_grad(set_to_none=set_to_none)
     if set_to_none:
@@ -334,8 +332,8 @@ def test_step_works_in_any_grad_mode(backend, mode):
         assert torch.equal(ours[0], theirs[0])
 
 
-def test_optimizer_in_backward_steps_each_parameter(backend):
-    """One optimizer a parameter, stepped as soon as its gradient is there."""
+def test_optimizer_per_parameter_may_step_in_backward(backend):
+    """Each parameter has its own optimizer, stepped as soon as the gradient is complete."""
     torch.manual_seed(0)
     ours = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
     theirs = copy.deepcopy(ours)

@@ -1,4 +1,4 @@
-"""The same bits from every instruction set and any number of threads."""
+"""The bits do not depend on the instruction set or the number of threads."""
 
 import functools
 import json
@@ -21,8 +21,8 @@ TESTS = Path(__file__).parent
 CAPABILITIES = ("default", "avx2", "avx512")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Run in a process of its own: prints the capability in force, and a digest of all that each option
-# and dtype gives.
+# Runs in a separate process: prints the capability in force, and a digest of the results of each
+# option and dtype.
 DIGESTS = """
 import hashlib, json, sys
 import torch
@@ -53,7 +53,7 @@ json.dump([torch.backends.cpu.get_cpu_capability(), digests], sys.stdout)
 
 @functools.cache
 def digests_with(capability):
-    """What the above prints under ATEN_CPU_CAPABILITY, the variable that torch reads."""
+    """The output of DIGESTS under ATEN_CPU_CAPABILITY, the variable that torch reads."""
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS), env.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -67,16 +67,16 @@ def digests_with(capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES[1:])
-def test_every_instruction_set_gives_the_baselines_bits(capability):
+def test_bits_do_not_depend_on_the_instruction_set(capability):
     baseline, digests = digests_with("default"), digests_with(capability)
     assert len(digests) == len(DTYPES) * 2 * len(ANY_OPTIONS)
     assert [name for name in digests if digests[name] != baseline[name]] == []
 
 
-def test_digests_tell_options_apart():
-    """Or the comparison above would be of nothing."""
+def test_digests_differ_between_options():
+    """Otherwise the comparison above would prove nothing."""
     digests = digests_with("default")
-    # In half precision, decoupled weight decay without momentum is L2 decay to the last bit.
+    # In half precision, decoupled weight decay without momentum equals L2 decay bit for bit.
     full = [digest for name, digest in digests.items() if "decoupled" not in name]
     assert len(set(full)) == len(full)
 
@@ -98,7 +98,7 @@ def restore_threads():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 4])
 @pytest.mark.usefixtures("restore_threads")
-def test_any_number_of_threads_gives_the_bits_of_one(dtype, threads):
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, threads):
     sizes = [*SIZES, 16383, 16384, 16385, parallel_threshold() + 1, 5, 50_000]
     options = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, "lr": 0.05, "T_0": 3}
     alone = make_params(sizes, dtype)
@@ -115,7 +115,7 @@ def test_any_number_of_threads_gives_the_bits_of_one(dtype, threads):
 
 
 @pytest.mark.usefixtures("restore_threads")
-def test_every_option_gives_the_same_bits_on_several_threads(any_options):
+def test_bits_of_every_option_do_not_depend_on_the_number_of_threads(any_options):
     sizes = [7, parallel_threshold() // 2, parallel_threshold() // 2 + 3, 1003]
     alone = make_params(sizes)
     together = copies_of(alone)

@@ -1,4 +1,4 @@
-"""A running training is handed from the pair to FusedSGDR and back, and goes on bit for bit."""
+"""from_pair() and to_pair(): a running training moves to FusedSGDR and back, bit for bit."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from sgdr_fused import FusedSGDR
 
-STEPS_AFTER = 200
+STEPS_AFTER = 60
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, "eta_min": 1e-3}
 
@@ -45,14 +45,14 @@ def pair_of(sgd, scheduler):
 
 
 def momentum_apart(optimizer):
-    """Gives an optimizer momentum buffers of its own, so that both sides can go on."""
+    """Copies an optimizer's momentum buffers, so that both sides can continue."""
     for of_param in optimizer.state.values():
         if of_param.get("momentum_buffer") is not None:
             of_param["momentum_buffer"] = of_param["momentum_buffer"].clone()
 
 
 def on_copies(optimizer, params):
-    """Puts an optimizer on parameters and buffers of its own."""
+    """Moves an optimizer to copies of its parameters and buffers."""
     copies = copies_of(params)
     to_copy = dict(zip(params, copies, strict=True))
     for group in optimizer.param_groups:
@@ -64,12 +64,18 @@ def on_copies(optimizer, params):
     return copies
 
 
-CYCLES = [(7, 1), (3, 2), (1, 3), (2, 2), (1, 1)]
+# T_0, T_mult, and the step of the hand-over: at the start, within a cycle, before its last step,
+# at a restart and after it, and far along.
+HAND_OVERS = [
+    *((7, 1, step) for step in (0, 6, 7, 8, 50)),
+    *((3, 2, step) for step in (1, 2, 3, 8, 21)),
+    *((1, 3, step) for step in (0, 1, 3, 4)),
+    *((1, 1, step) for step in (0, 1, 50)),
+]
 
 
-@pytest.mark.parametrize(("T_0", "T_mult"), CYCLES)
-@pytest.mark.parametrize("taken_after", [0, 1, 2, 3, 7, 8, 21, 50])
-def test_training_taken_over_from_the_pair_goes_on(backend, T_0, T_mult, taken_after):
+@pytest.mark.parametrize(("T_0", "T_mult", "taken_after"), HAND_OVERS)
+def test_training_continues_exactly_after_from_pair(backend, T_0, T_mult, taken_after):
     pair, theirs = make_pair(T_0, T_mult)
     run(pair, theirs, 0, taken_after)
     optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler, backend=backend)
@@ -83,9 +89,8 @@ def test_training_taken_over_from_the_pair_goes_on(backend, T_0, T_mult, taken_a
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-@pytest.mark.parametrize(("T_0", "T_mult"), CYCLES)
-@pytest.mark.parametrize("taken_after", [0, 1, 3, 8, 50])
-def test_training_handed_to_the_pair_goes_on(backend, T_0, T_mult, taken_after):
+@pytest.mark.parametrize(("T_0", "T_mult", "taken_after"), HAND_OVERS)
+def test_training_continues_exactly_after_to_pair(backend, T_0, T_mult, taken_after):
     optimizer, ours = make_optimizer(backend, T_0=T_0, T_mult=T_mult)
     run(optimizer, ours, 0, taken_after)
     pair = pair_of(*optimizer.to_pair())
@@ -99,7 +104,7 @@ def test_training_handed_to_the_pair_goes_on(backend, T_0, T_mult, taken_after):
 
 
 @pytest.mark.parametrize("taken_after", [0, 5, 12])
-def test_there_and_back_again_is_the_same_training(backend, taken_after):
+def test_to_pair_and_from_pair_round_trip(backend, taken_after):
     optimizer, ours = make_optimizer(backend, T_0=3, T_mult=2)
     expected, theirs = make_optimizer(backend, T_0=3, T_mult=2)
     run(optimizer, ours, 0, taken_after)
@@ -115,7 +120,7 @@ def test_there_and_back_again_is_the_same_training(backend, taken_after):
 
 
 @pytest.mark.parametrize("taken_after_epochs", [0, 1, 3, 4, 10])
-def test_pair_stepped_once_an_epoch_goes_on(backend, taken_after_epochs):
+def test_from_pair_with_a_scheduler_stepped_once_an_epoch(backend, taken_after_epochs):
     """The scheduler is stepped every 5 optimizer steps; the LR is constant within an epoch."""
     pair, theirs = make_pair(3, 2)
 
@@ -139,8 +144,8 @@ def test_pair_stepped_once_an_epoch_goes_on(backend, taken_after_epochs):
 
 
 @pytest.mark.parametrize("steps", [0, 5, 15, 17, 45])
-def test_epochs_are_handed_to_a_pair_stepped_once_an_epoch(backend, steps):
-    """Handed over within an epoch too: the scheduler is next stepped at the epoch's end."""
+def test_to_pair_with_a_scheduler_stepped_once_an_epoch(backend, steps):
+    """Also within an epoch: the scheduler's next step is at the end of the epoch."""
     optimizer, ours = make_optimizer(backend, T_0=3, T_mult=2, steps_per_epoch=5, anneal="epoch")
     run(optimizer, ours, 0, steps)
     pair = pair_of(*optimizer.to_pair())
@@ -154,7 +159,7 @@ def test_epochs_are_handed_to_a_pair_stepped_once_an_epoch(backend, steps):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-def test_pair_stepped_by_fractions_of_an_epoch_is_taken_over(backend):
+def test_from_pair_with_a_scheduler_stepped_by_fractions_of_an_epoch(backend):
     """scheduler.step(epoch + i / iters): eighths of an epoch are exact."""
     pair, theirs = make_pair(3, 2)
     for step in range(20):
@@ -170,7 +175,7 @@ def test_pair_stepped_by_fractions_of_an_epoch_is_taken_over(backend):
     assert [group[n] for n in ("step", "cycle", "T_cur", "T_i")] == [26, 1, 2, 48]
 
 
-def test_restart_and_hand_set_lr_are_handed_over(backend):
+def test_to_pair_keeps_a_restart_and_an_lr_set_by_hand(backend):
     optimizer, ours = make_optimizer(backend, T_0=5, T_mult=2)
     run(optimizer, ours, 0, 3)
     optimizer.restart()
@@ -185,7 +190,7 @@ def test_restart_and_hand_set_lr_are_handed_over(backend):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-def test_hand_over_copies_no_tensor(backend):
+def test_from_pair_and_to_pair_copy_no_tensor(backend):
     pair, params = make_pair(3, 2)
     run(pair, params, 0, 2)
     buffers = [momentum_of(pair, p) for p in params]
@@ -196,7 +201,7 @@ def test_hand_over_copies_no_tensor(backend):
     assert sgd.param_groups[0]["params"][0] is params[0]
 
 
-def test_hand_over_leaves_the_giver_as_it_was(backend):
+def test_from_pair_and_to_pair_change_nothing_in_their_source(backend):
     pair, params = make_pair(3, 2)
     run(pair, params, 0, 4)
     before = repr(pair.sgd.param_groups), pair.scheduler.state_dict()
@@ -207,7 +212,7 @@ def test_hand_over_leaves_the_giver_as_it_was(backend):
     assert repr(optimizer.param_groups) == before
 
 
-def test_names_of_parameters_are_handed_over(backend):
+def test_from_pair_and_to_pair_keep_parameter_names(backend):
     model = torch.nn.Linear(3, 2)
     sgd = torch.optim.SGD(model.named_parameters(), lr=0.1)
     scheduler = CosineAnnealingWarmRestarts(sgd, T_0=3)
@@ -224,31 +229,31 @@ def sgd_of(params, **options):
     return torch.optim.SGD(params, lr=0.1, **options)
 
 
-def test_other_optimizers_than_sgd_are_refused():
+def test_from_pair_refuses_other_optimizers_than_sgd():
     adam = torch.optim.Adam(make_params([3]))
     with pytest.raises(TypeError, match="Adam"):
         FusedSGDR.from_pair(adam, CosineAnnealingWarmRestarts(adam, T_0=3))
 
 
-def test_other_schedulers_are_refused():
+def test_from_pair_refuses_other_schedulers():
     sgd = sgd_of(make_params([3]))
     with pytest.raises(TypeError, match="StepLR"):
         FusedSGDR.from_pair(sgd, StepLR(sgd, 3))
 
 
-def test_scheduler_of_another_optimizer_is_refused():
+def test_from_pair_refuses_the_scheduler_of_another_optimizer():
     one, other = sgd_of(make_params([3])), sgd_of(make_params([3]))
     with pytest.raises(ValueError, match="another optimizer"):
         FusedSGDR.from_pair(one, CosineAnnealingWarmRestarts(other, T_0=3))
 
 
-def test_differentiable_sgd_is_refused():
+def test_from_pair_refuses_differentiable_sgd():
     sgd = sgd_of(make_params([3]), differentiable=True)
     with pytest.raises(ValueError, match="differentiable=True"):
         FusedSGDR.from_pair(sgd, CosineAnnealingWarmRestarts(sgd, T_0=3))
 
 
-def test_fraction_of_an_epoch_that_is_no_whole_number_of_steps_is_refused():
+def test_from_pair_refuses_fractions_of_a_step():
     pair, _ = make_pair(3, 2)
     pair.sgd.step()
     with warnings.catch_warnings():
@@ -259,7 +264,7 @@ def test_fraction_of_an_epoch_that_is_no_whole_number_of_steps_is_refused():
     FusedSGDR.from_pair(pair.sgd, pair.scheduler, steps_per_epoch=2)
 
 
-def test_pair_whose_eta_min_is_above_a_groups_lr_is_refused():
+def test_from_pair_refuses_an_eta_min_above_a_groups_lr():
     sgd = sgd_of(make_params([3]))
     with pytest.raises(ValueError, match=r"eta_min=0\.5 is above lr=0\.1"):
         FusedSGDR.from_pair(sgd, CosineAnnealingWarmRestarts(sgd, T_0=3, eta_min=0.5))
@@ -277,7 +282,7 @@ def test_pair_whose_eta_min_is_above_a_groups_lr_is_refused():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_the_pair_cannot_express_is_refused(backend, options, message):
+def test_to_pair_refuses_options_that_the_pair_lacks(backend, options, message):
     optimizer, _ = make_optimizer(backend, T_0=5, **options)
     with pytest.raises(ValueError, match=rf"param_groups\[0\].*{message}"):
         optimizer.to_pair()
@@ -286,21 +291,21 @@ def test_what_the_pair_cannot_express_is_refused(backend, options, message):
 @pytest.mark.parametrize(
     ("name", "value"), [("T_0", 9), ("T_mult", 3), ("eta_min", 0.01), ("steps_per_epoch", 2)]
 )
-def test_groups_with_different_schedules_are_refused(backend, name, value):
+def test_to_pair_refuses_groups_with_different_schedules(backend, name, value):
     optimizer, _ = make_optimizer(backend, T_0=5)
     optimizer.param_groups[1][name] = value
     with pytest.raises(ValueError, match=rf"param_groups\[1\] has {name}={value}"):
         optimizer.to_pair()
 
 
-def test_groups_restarted_apart_are_refused(backend):
+def test_to_pair_refuses_groups_restarted_separately(backend):
     optimizer, _ = make_optimizer(backend, T_0=5)
     optimizer.restart(group=1)
     with pytest.raises(ValueError, match=r"param_groups\[1\] has cycle=1"):
         optimizer.to_pair()
 
 
-def test_finished_warm_up_is_handed_over(backend):
+def test_to_pair_works_after_the_warm_up(backend):
     optimizer, ours = make_optimizer(backend, T_0=5, warmup_steps=3)
     run(optimizer, ours, 0, 4)
     pair = pair_of(*optimizer.to_pair())

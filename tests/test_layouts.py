@@ -1,11 +1,14 @@
-"""Any strides, offsets and shapes of parameter, gradient and momentum, as in torch.optim.SGD.
+"""Any strides, offsets and shapes of parameter, gradient and momentum give the same numbers.
 
-The pair holds the same values in dense tensors of its own, whose memory order cannot mislead it.
+The pair has the same values in dense tensors, whose memory order cannot mislead it.
 """
+
+import itertools
 
 import pytest
 import torch
-from pair import Pair, assert_same, draw, give_gradients, make_params, same_bits
+from cases import LAYOUTS, SGD_OPTIONS
+from pair import Pair, assert_same, copies_of, draw, give_gradients, make_params, same_bits
 
 from sgdr_fused import FusedSGDR
 
@@ -17,55 +20,81 @@ def leaf(tensor):
     return tensor.detach().requires_grad_()
 
 
-def test_every_layout_of_parameter_and_gradient_gives_the_same_numbers(
-    backend, dtype, layout, grad_layout
-):
-    (dense,) = make_params([SHAPE], dtype)
-    ours = leaf(layout(dense.detach()))
-    strides, around = ours.stride(), ours.untyped_storage().nbytes()
-    optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
+# Every layout of one tensor with every layout of another.
+PAIRS_OF_LAYOUTS = list(itertools.product(LAYOUTS.values(), repeat=2))
+
+
+def lay_out_params(dtype):
+    """Dense parameters, and the same values in a parameter of each pair's first layout."""
+    dense = make_params([SHAPE] * len(PAIRS_OF_LAYOUTS), dtype)
+    return dense, [
+        leaf(of_param(p)) for (of_param, _), p in zip(PAIRS_OF_LAYOUTS, dense, strict=True)
+    ]
+
+
+def lay_out_grads(dense, ours):
+    """Gives each parameter its dense twin's gradient in its pair's second layout."""
+    for (_, of_grad), theirs, param in zip(PAIRS_OF_LAYOUTS, dense, ours, strict=True):
+        param.grad = of_grad(theirs.grad)
+
+
+def test_every_layout_of_parameter_and_gradient_equals_the_pair(backend, dtype):
+    dense, ours = lay_out_params(dtype)
+    before = [(p.stride(), p.untyped_storage().nbytes()) for p in ours]
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(dense, **OPTIONS)
     for step in range(7):
-        give_gradients(step, [dense])
-        ours.grad = grad_layout(dense.grad)
-        kept = ours.grad.clone()
+        give_gradients(step, dense)
+        lay_out_grads(dense, ours)
         optimizer.step()
         pair.step()
-        assert_same(optimizer, [ours], pair, [dense], f"after step {step}")
-        assert torch.equal(ours.grad, kept), "the gradient is only read"
-    assert (ours.stride(), ours.untyped_storage().nbytes()) == (strides, around)
+        assert_same(optimizer, ours, pair, dense, f"after step {step}")
+        for param, theirs in zip(ours, dense, strict=True):
+            assert torch.equal(param.grad, theirs.grad), "the gradient is only read"
+    assert [(p.stride(), p.untyped_storage().nbytes()) for p in ours] == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_layout_of_a_half_precision_parameter_gives_the_same_numbers(
-    backend, dtype, layout, grad_layout
-):
-    (dense,) = make_params([SHAPE], dtype)
-    ours = leaf(layout(dense.detach()))
-    optimizer = FusedSGDR([ours], backend=backend, **OPTIONS)
-    expected = FusedSGDR([dense], backend="reference", **OPTIONS)
+def test_every_layout_in_half_precision_equals_the_reference(backend, half_dtype):
+    dense, ours = lay_out_params(half_dtype)
+    optimizer = FusedSGDR(ours, backend=backend, **OPTIONS)
+    expected = FusedSGDR(dense, backend="reference", **OPTIONS)
     for step in range(4):
-        give_gradients(step, [dense])
-        ours.grad = grad_layout(dense.grad)
+        give_gradients(step, dense)
+        lay_out_grads(dense, ours)
         optimizer.step()
         expected.step()
-        assert_same(optimizer, [ours], expected, [dense], f"after step {step}")
+        assert_same(optimizer, ours, expected, dense, f"after step {step}")
 
 
-def test_momentum_buffer_of_any_layout_is_taken(backend, layout, grad_layout):
-    """A buffer from elsewhere: a state_dict of a contiguous model, say."""
-    (dense,), (other,) = make_params([SHAPE]), make_params([SHAPE])
-    ours = leaf(layout(other))
+def test_single_parameter_of_any_layout_is_updated(backend, layout):
+    """No other parameter of the step influences how it is read."""
+    (dense,) = make_params([SHAPE])
+    ours = leaf(layout(dense.detach()))
     optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
-    for step in range(5):
+    for step in range(4):
         give_gradients(step, [dense])
-        ours.grad = dense.grad.clone()
+        ours.grad = layout(dense.grad)
         optimizer.step()
         pair.step()
         assert_same(optimizer, [ours], pair, [dense], f"after step {step}")
+
+
+def test_momentum_buffer_of_any_layout_is_used_in_place(backend):
+    """A buffer may come from elsewhere, such as the state_dict of a contiguous model."""
+    dense, ours = lay_out_params(torch.float32)
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(dense, **OPTIONS)
+    buffers = []
+    for step in range(5):
+        give_gradients(step, dense, ours)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, dense, f"after step {step}")
         if step == 1:
-            buffer = grad_layout(optimizer.state[ours]["momentum_buffer"])
-            optimizer.state[ours]["momentum_buffer"] = buffer
-    assert optimizer.state[ours]["momentum_buffer"] is buffer, "updated in place"
+            for (_, of_buffer), param in zip(PAIRS_OF_LAYOUTS, ours, strict=True):
+                of_param = optimizer.state[param]
+                of_param["momentum_buffer"] = of_buffer(of_param["momentum_buffer"])
+                buffers.append(of_param["momentum_buffer"])
+    for param, buffer in zip(ours, buffers, strict=True):
+        assert optimizer.state[param]["momentum_buffer"] is buffer
 
 
 def test_memory_between_the_elements_is_left_alone(backend, layout):
@@ -81,8 +110,8 @@ def test_memory_between_the_elements_is_left_alone(backend, layout):
     assert int(gap_before) == room.numel() - ours.numel()
 
 
-def test_gradients_that_are_slices_of_one_bucket_are_read_in_place(backend, dtype):
-    """As DDP's gradient_as_bucket_view makes them."""
+def test_gradients_may_be_slices_of_one_bucket(backend, dtype):
+    """DDP's gradient_as_bucket_view makes such gradients."""
     ours, theirs = make_params([65, 33], dtype), make_params([65, 33], dtype)
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     bucket = torch.zeros(1 + 65 + 33, dtype=dtype)
@@ -95,23 +124,22 @@ def test_gradients_that_are_slices_of_one_bucket_are_read_in_place(backend, dtyp
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-@pytest.mark.parametrize("offset", range(1, 9))
-def test_misaligned_parameter_is_updated(backend, dtype, offset):
-    (dense,) = make_params([257], dtype)
-    room = torch.zeros(offset + 257, dtype=dtype)
-    room[offset:] = dense.detach()
-    ours = leaf(room[offset:])
-    optimizer, pair = FusedSGDR([ours], backend=backend, **OPTIONS), Pair([dense], **OPTIONS)
+def test_misaligned_parameter_is_updated(backend, dtype):
+    """Offsets are 1 to 8 elements."""
+    dense = make_params([257] * 8, dtype)
+    rooms = [torch.cat([torch.zeros(i, dtype=dtype), p.detach()]) for i, p in enumerate(dense, 1)]
+    ours = [leaf(room[i:]) for i, room in enumerate(rooms, 1)]
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(dense, **OPTIONS)
     for step in range(4):
-        give_gradients(step, [dense])
-        ours.grad = dense.grad.clone()
+        give_gradients(step, dense, ours)
         optimizer.step()
         pair.step()
-        assert_same(optimizer, [ours], pair, [dense], f"after step {step}")
-    assert (room[:offset] == 0).all()
+        assert_same(optimizer, ours, pair, dense, f"after step {step}")
+    for i, room in enumerate(rooms, 1):
+        assert (room[:i] == 0).all(), "memory before the parameter is left alone"
 
 
-def test_two_halves_of_one_storage_are_two_parameters(backend, dtype):
+def test_parameters_may_share_one_storage(backend, dtype):
     (whole,) = make_params([66], dtype)
     theirs = [torch.nn.Parameter(half.clone()) for half in whole.detach().split(33)]
     ours = [leaf(half) for half in whole.detach().split(33)]
@@ -123,9 +151,9 @@ def test_two_halves_of_one_storage_are_two_parameters(backend, dtype):
         assert_same(optimizer, ours, pair, theirs, f"after step {step}")
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 1), (1, 7, 1)], ids=str)
-def test_shapes_without_extent_are_updated(backend, dtype, shape):
-    ours, theirs = make_params([shape, 5], dtype), make_params([shape, 5], dtype)
+def test_parameters_of_0_or_1_elements_or_dimensions_are_updated(backend, dtype):
+    ours = make_params([(), (0,), (3, 0, 2), (1,), (1, 1, 1), (1, 7, 1), 5], dtype)
+    theirs = copies_of(ours)
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     for step in range(4):
         give_gradients(step, ours, theirs)
@@ -171,23 +199,25 @@ def test_parameter_with_several_elements_at_one_address_is_an_error(backend, exp
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize("size", [1, 3, 8, 33])
-def test_complex_parameter_is_updated_as_pairs_of_reals(backend, dtype, size, sgd_options):
-    ours, theirs = make_params([size], dtype), make_params([size], dtype)
-    options = {"lr": 0.1, "T_0": 3} | sgd_options
+@pytest.mark.parametrize("name", ["plain", "nesterov_weight_decay", "all"])
+def test_complex_parameter_is_updated_as_pairs_of_reals(backend, dtype, name):
+    ours = make_params([1, 3, 8, 33], dtype)
+    options = {"lr": 0.1, "T_0": 3} | SGD_OPTIONS[name]
     optimizer = FusedSGDR(ours, backend=backend, **options)
-    reals = [torch.nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in theirs]
+    reals = [torch.nn.Parameter(torch.view_as_real(p.detach()).clone()) for p in ours]
     pair = Pair(reals, **options)
     for step in range(5):
         give_gradients(step, ours)
-        reals[0].grad = torch.view_as_real(ours[0].grad).clone()
+        for param, real in zip(ours, reals, strict=True):
+            real.grad = torch.view_as_real(param.grad).clone()
         optimizer.step()
         pair.step()
-        assert same_bits(torch.view_as_real(ours[0].detach()), reals[0].detach()), f"step {step}"
+        for param, real in zip(ours, reals, strict=True):
+            assert same_bits(torch.view_as_real(param.detach()), real.detach()), f"step {step}"
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_lazily_conjugated_gradient_is_read_as_its_conjugate(backend, dtype):
+def test_lazily_conjugated_gradient_is_conjugated(backend, dtype):
     ours, theirs = make_params([(3, 11)], dtype), make_params([(3, 11)], dtype)
     optimizer = FusedSGDR(ours, backend=backend, **OPTIONS)
     expected = FusedSGDR(theirs, backend="reference", **OPTIONS)
@@ -206,8 +236,8 @@ def test_lazily_conjugated_gradient_is_read_as_its_conjugate(backend, dtype):
     [lambda numbers: numbers.conj().imag, lambda numbers: torch._neg_view(numbers.real.clone())],
     ids=["imaginary_part_of_conjugate", "contiguous"],
 )
-def test_lazily_negated_gradient_is_read_as_its_negative(backend, negated):
-    """The imaginary part of a conjugate is a view with its sign still to be turned."""
+def test_lazily_negated_gradient_is_negated(backend, negated):
+    """The imaginary part of a conjugate is a view that is yet to be negated."""
     ours, theirs = make_params([33]), make_params([33])
     optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
     for step in range(4):

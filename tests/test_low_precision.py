@@ -34,10 +34,9 @@ def both(params, **options):
     return native, FusedSGDR(twins, **OPTIONS | options, backend="reference"), twins
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rounded_momentum_has_the_references_bits(half_dtype, param_dtype, size):
-    params = make_params([size, 3], param_dtype)
+def test_rounded_momentum_equals_the_reference(half_dtype, param_dtype):
+    params = make_params(SIZES, param_dtype)
     native, reference, twins = both(params, momentum_dtype=half_dtype)
     for step in range(7):
         give_gradients(step, params, twins)
@@ -47,9 +46,8 @@ def test_rounded_momentum_has_the_references_bits(half_dtype, param_dtype, size)
         assert_same_state(native, params, reference, twins, f"after step {step}")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_rounded_parameters_have_the_references_bits(half_dtype, size):
-    params = make_params([3, size], half_dtype)
+def test_rounded_parameters_equal_the_reference(half_dtype):
+    params = make_params(SIZES, half_dtype)
     native, reference, twins = both(params, stochastic_rounding=True, seed=2**63 + 5)
     for step in range(7):
         give_gradients(step, params, twins)
@@ -58,9 +56,8 @@ def test_rounded_parameters_have_the_references_bits(half_dtype, size):
         assert_same_state(native, params, reference, twins, f"after step {step}")
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_master_weights_are_float32_training_with_a_rounded_copy(backend, half_dtype, size):
-    params = make_params([size], half_dtype)
+def test_master_weights_equal_float32_training_with_a_rounded_copy(backend, half_dtype):
+    params = make_params(SIZES, half_dtype)
     full = [torch.nn.Parameter(p.detach().float()) for p in params]
     optimizer = FusedSGDR(params, **OPTIONS, master_weights=True, backend=backend)
     in_full = FusedSGDR(full, **OPTIONS, backend=backend)
@@ -76,7 +73,7 @@ def test_master_weights_are_float32_training_with_a_rounded_copy(backend, half_d
             assert same_bits(p.detach(), q.detach().to(half_dtype))
 
 
-def test_master_weights_of_full_precision_parameters_are_the_parameters(backend):
+def test_full_precision_parameters_get_no_master_weights(backend):
     params = make_params([7])
     optimizer = FusedSGDR(params, **OPTIONS, master_weights=True, backend=backend)
     give_gradients(0, params)
@@ -85,7 +82,7 @@ def test_master_weights_of_full_precision_parameters_are_the_parameters(backend)
 
 
 @pytest.mark.parametrize("layout_of", ["channels_last", "transposed", "every_second", "cropped"])
-def test_layouts_have_the_references_bits(half_dtype, layout_of):
+def test_stochastic_rounding_of_any_layout_equals_the_reference(half_dtype, layout_of):
     from cases import LAYOUTS
 
     values = draw((3, 5, 4, 6), half_dtype, torch.Generator().manual_seed(1))
@@ -101,7 +98,7 @@ def test_layouts_have_the_references_bits(half_dtype, layout_of):
         assert_same_state(native, params, reference, twins, f"after step {step}")
 
 
-def test_a_resumed_run_repeats_to_the_bit(backend, half_dtype):
+def test_stochastic_rounding_resumes_bit_for_bit(backend, half_dtype):
     params = make_params([70, 1003], half_dtype)
     options = OPTIONS | {"stochastic_rounding": True, "seed": 7, "backend": backend}
     optimizer = FusedSGDR(params, **options)
@@ -118,7 +115,7 @@ def test_a_resumed_run_repeats_to_the_bit(backend, half_dtype):
     assert_same_state(optimizer, params, other, resumed)
 
 
-def test_another_seed_rounds_otherwise(backend):
+def test_another_seed_rounds_differently(backend):
     results = []
     for seed in (0, 1):
         params = make_params([300], torch.bfloat16)
@@ -131,14 +128,14 @@ def test_another_seed_rounds_otherwise(backend):
     assert not same_bits(*results)
 
 
-def test_bits_are_philoxs():
-    """The known answer for key and counter of all zeros, and of all ones, of Random123."""
+def test_random_bits_match_philoxs_known_answer():
+    """Random123's known answer for a key and a counter of zeros."""
     words = random_bits(RandomKey(0, 0, 0), Rounded.PARAM, 8).tolist()
     answer = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert words == [half for word in answer for half in (word & 0xFFFF, word >> 16)]
 
 
-def test_bits_are_uniform_and_differ_by_element_step_parameter_and_value():
+def test_random_bits_are_uniform_and_independent():
     key = RandomKey(3, 5, 2)
     n = 1 << 20
     bits = random_bits(key, Rounded.PARAM, n)
@@ -155,7 +152,7 @@ def test_bits_are_uniform_and_differ_by_element_step_parameter_and_value():
 
 
 def test_rounding_is_unbiased(half_dtype):
-    """Over all 65536 values of the bits the mean is the value itself, exactly or to a bit."""
+    """The mean over all 65536 values of the bits is the value itself, exactly or to a bit."""
     bits = torch.arange(65536)
     for value in (1.0001, -3.14159, 6.1e-5, 3.3e-6, -7.7e-8, 1e-30, 65503.9, 0.0, -1.0):
         rounded = round_stochastically(torch.full((65536,), value), half_dtype, bits)
@@ -171,7 +168,7 @@ def test_rounding_is_unbiased(half_dtype):
         assert len(neighbours) <= 2
 
 
-def test_representable_values_are_kept_for_any_bits(half_dtype):
+def test_representable_values_are_not_rounded(half_dtype):
     representable = torch.arange(-32768, 32768).to(torch.int16).view(half_dtype)
     for bits in (0, 1, 0x7FFF, 0xFFFF):
         rounded = round_stochastically(
@@ -180,8 +177,8 @@ def test_representable_values_are_kept_for_any_bits(half_dtype):
         assert same_bits(rounded, representable)
 
 
-def test_small_updates_are_not_lost(backend):
-    """An update of 2^-12 of the value, which rounding to nearest drops each time."""
+def test_stochastic_rounding_does_not_lose_small_updates(backend):
+    """Each update is 2^-12 of the value, which rounding to nearest drops."""
     stuck, moved = (torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2))
     options = {"lr": 2**-12, "T_0": 10**9, "backend": backend}
     plain = FusedSGDR([stuck], **options)
@@ -197,8 +194,8 @@ def test_small_updates_are_not_lost(backend):
     assert mean == pytest.approx(1 - 64 / 4096, abs=5 * deviation)
 
 
-def test_momentum_in_half_follows_full_momentum(backend, half_dtype):
-    """Unbiased rounding: the mean over many elements follows the full buffer's closely."""
+def test_half_precision_momentum_is_unbiased(backend, half_dtype):
+    """The mean over many elements stays close to the buffer in full precision."""
     params = [torch.nn.Parameter(torch.zeros(1 << 16))]
     optimizer = FusedSGDR(
         params, lr=0.0, momentum=0.99, T_0=10, momentum_dtype=half_dtype, backend=backend
@@ -243,7 +240,7 @@ def test_momentum_dtype_of_complex_parameters_is_an_error(backend):
     assert same_bits(params[0].detach(), before)
 
 
-def test_the_dtype_may_change_between_steps(backend):
+def test_momentum_dtype_may_change_between_steps(backend):
     params = make_params([70])
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)
     give_gradients(0, params)

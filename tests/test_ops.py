@@ -19,7 +19,7 @@ def op():
 
 
 def arguments(sizes=(3, 70), dtype=torch.float32, momentum=0.9, **options):
-    """Arguments of the op, of a group with one more parameter than has a gradient."""
+    """Arguments of the op, for a group in which one parameter has no gradient."""
     generator = torch.Generator().manual_seed(0)
     params, grads, buffers = (
         ([draw(size, dtype, generator) for size in sizes] for _ in range(3 if momentum else 2))
@@ -52,7 +52,7 @@ def test_opcheck_passes(momentum, more, dtype):
 
 @pytest.mark.parametrize("options", ANY_OPTIONS.values(), ids=ANY_OPTIONS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_op_is_the_references_step(options, dtype):
+def test_op_equals_the_reference(options, dtype):
     params = make_params([1, 70, 1003], dtype)
     twins = copies_of(params)
     by_op = FusedSGDR(params, lr=0.1, **SCHEDULE, **options)
@@ -77,7 +77,7 @@ def test_the_op_is_the_references_step(options, dtype):
             assert same_bits(*buffers)
 
 
-def test_a_skipped_step_changes_nothing_but_the_count():
+def test_op_counts_a_skipped_step_and_changes_nothing_else():
     args, options = arguments()
     before = [[t.clone() for t in tensors] for tensors in args[:3]]
     state = args[3].clone()
@@ -88,7 +88,7 @@ def test_a_skipped_step_changes_nothing_but_the_count():
     assert torch.equal(args[3], state)
 
 
-def test_strides_may_differ():
+def test_op_accepts_different_strides():
     generator = torch.Generator().manual_seed(0)
     values = [draw((4, 6), torch.float32, generator) for _ in range(3)]
     results = []
@@ -112,7 +112,7 @@ def test_strides_may_differ():
     ],
     ids=["grads", "buffers", "shape", "dtype", "index", "overlap"],
 )
-def test_bad_arguments_are_errors_and_change_nothing(spoil, error, message):
+def test_op_refuses_bad_arguments_and_changes_nothing(spoil, error, message):
     args, options = arguments()
     spoil(args)
     before = [[t.clone() for t in tensors] for tensors in args[:3]]
@@ -124,14 +124,14 @@ def test_bad_arguments_are_errors_and_change_nothing(spoil, error, message):
     assert torch.equal(args[3], state)
 
 
-def test_a_wrong_group_state_is_an_error():
+def test_op_refuses_a_wrong_group_state():
     (params, grads, buffers, _, indices), options = arguments()
     with pytest.raises(ValueError, match="group_state must be"):
         op()(params, grads, buffers, torch.zeros(9), indices, **options)
 
 
-def test_momentum_made_before_is_taken_over():
-    """An eager step, then one by the op."""
+def test_op_continues_with_momentum_of_an_eager_step():
+    """Two eager steps, then steps by the op."""
     params = make_params([70])
     twins = copies_of(params)
     mixed, usual = (FusedSGDR(p, lr=0.1, momentum=0.9, **SCHEDULE) for p in (params, twins))

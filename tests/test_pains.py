@@ -20,7 +20,7 @@ from pair import (
     same_bits,
     snapshot,
 )
-from ranks import run_ranks
+from ranks import backends_here, run_ranks
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from sgdr_fused import CosineWarmRestarts, FusedSGDR
@@ -54,21 +54,22 @@ def test_skipped_first_step_changes_nothing(backend):
     assert fused.state[theirs[0]]["momentum_buffer"] is not None, "torch has mended this: say so"
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 1003])
-def test_every_element_of_a_half_precision_parameter_is_updated(backend, half_dtype, size):
+def test_every_element_of_a_half_precision_parameter_is_updated(backend, half_dtype):
     """SGD(fused=True) of torch 2.13 does not store whole vectors of half-precision parameters."""
-    ours = make_params([size], half_dtype)
+    ours = make_params([1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 1003], half_dtype)
     optimizer = FusedSGDR(ours, lr=0.5, momentum=0.9, T_0=100, backend=backend)
     for _ in range(3):
-        before = ours[0].detach().clone()
-        ours[0].grad = torch.ones_like(ours[0])
+        before = copies_of(ours)
+        for param in ours:
+            param.grad = torch.ones_like(param)
         optimizer.step()
-        assert (ours[0] != before).all()
+        for param, old in zip(ours, before, strict=True):
+            assert (param != old).all(), f"{len(param)} elements"
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="a bug of torch 2.13 only")
-def test_fused_sgd_of_torch_2_13_leaves_half_precision_elements_as_they_were(half_dtype):
-    """The bug that the test above is there for."""
+def test_fused_sgd_of_torch_2_13_skips_half_precision_elements(half_dtype):
+    """This is the bug that the test above guards against."""
     theirs = make_params([1003], half_dtype)
     before = theirs[0].detach().clone()
     theirs[0].grad = torch.ones_like(theirs[0])
@@ -76,8 +77,8 @@ def test_fused_sgd_of_torch_2_13_leaves_half_precision_elements_as_they_were(hal
     assert (theirs[0] == before).sum() > 500
 
 
-def test_channels_last_parameter_takes_a_contiguous_gradient(backend):
-    """SGD(fused=True) walks both by address, so each update lands on another element, silently."""
+def test_channels_last_parameter_with_a_contiguous_gradient(backend):
+    """SGD(fused=True) walks both in memory order, so it silently updates wrong elements."""
 
     def channels_last():
         (param,) = make_params([(4, 3, 5, 7)])
@@ -98,8 +99,8 @@ def test_channels_last_parameter_takes_a_contiguous_gradient(backend):
             assert not torch.allclose(loop[0], fused[0]), "torch has mended this: say so"
 
 
-def test_parameter_unfrozen_later_joins(backend):
-    """SGD(fused=True) raises TypeError: its "is this the first step?" is one for all."""
+def test_parameter_may_be_unfrozen_later(backend):
+    """SGD(fused=True) raises TypeError: it decides "is this the first step?" for all at once."""
     ours, loop, fused = (make_params([65, 33]) for _ in range(3))
     optimizer = FusedSGDR(ours, lr=0.1, momentum=0.9, T_0=10, backend=backend)
     pair = Pair(loop, lr=0.1, momentum=0.9, T_0=10)
@@ -135,7 +136,7 @@ def mesh(tmp_path):
             distributed.destroy_process_group()
 
 
-def test_works_under_fsdp2(backend, mesh):
+def test_fsdp2_training_equals_the_pair(backend, mesh):
     """SGD(fused=True): "aten._fused_sgd_.default does not have a sharding strategy registered"."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -169,7 +170,7 @@ def test_works_under_fsdp2(backend, mesh):
 
 
 def test_dtensor_parameters_are_updated_shard_by_shard(backend, mesh):
-    """As above, without FSDP; also where the gradient's placements are not the parameter's."""
+    """The same without FSDP; the gradient's placements may differ from the parameter's."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     (plain,) = make_params([(8, 6)])
@@ -195,34 +196,35 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from pair import Pair, give_gradients, make_params, same_bits
 from sgdr_fused import FusedSGDR
 
-backend, rank, store = sys.argv[2], int(sys.argv[1]), dist.FileStore(sys.argv[3], 2)
+rank, store, backends = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2), sys.argv[3:]
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
-(plain,) = make_params([(5, 6)])  # 3 rows for the one, 2 for the other
-ours = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
-options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "T_0": 3}
-optimizer, pair = FusedSGDR([ours], backend=backend, **options), Pair([plain], **options)
-for step in range(7):
-    give_gradients(step, [plain])
-    placement = [Shard(0), Replicate(), Shard(1)][step % 3]
-    ours.grad = distribute_tensor(plain.grad.clone(), mesh, [placement])
-    optimizer.step()
-    pair.step()
-    assert ours.to_local().shape == (3 - rank, 6)
-    assert same_bits(ours.full_tensor().detach(), plain.detach()), step
+for backend in backends:
+    (plain,) = make_params([(5, 6)])  # 3 rows for the one, 2 for the other
+    ours = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "T_0": 3}
+    optimizer, pair = FusedSGDR([ours], backend=backend, **options), Pair([plain], **options)
+    for step in range(7):
+        give_gradients(step, [plain])
+        placement = [Shard(0), Replicate(), Shard(1)][step % 3]
+        ours.grad = distribute_tensor(plain.grad.clone(), mesh, [placement])
+        optimizer.step()
+        pair.step()
+        assert ours.to_local().shape == (3 - rank, 6)
+        assert same_bits(ours.full_tensor().detach(), plain.detach()), (backend, step)
 dist.barrier()
 os._exit(0)  # past gloo's own clean-up, which now and then aborts the process
 """
 
 
-def test_two_processes_each_update_their_shard(backend, tmp_path):
-    """As above, where a shard is not the whole; its gradient comes in any placements."""
+def test_two_processes_each_update_their_shard(tmp_path):
+    """The same on two ranks, where each has a part; the gradient may have any placements."""
     pytest.importorskip("torch.distributed.tensor")
-    run_ranks(TWO_RANKS, backend, str(tmp_path / "store"))
+    run_ranks(TWO_RANKS, str(tmp_path / "store"), *backends_here())
 
 
 def test_schedule_does_not_advance_on_a_skipped_step(backend):
-    """The pair's scheduler.step() knows nothing of the GradScaler and advances all the same."""
+    """The pair's scheduler.step() does not know of the GradScaler and advances anyway."""
     ours, theirs = make_params([9]), make_params([9])
     optimizer = FusedSGDR(ours, lr=0.1, T_0=10, backend=backend)
     pair = Pair(theirs, lr=0.1, T_0=10)
@@ -239,7 +241,7 @@ def test_schedule_does_not_advance_on_a_skipped_step(backend):
     assert pair.scheduler.get_last_lr() < [0.1]
 
 
-def test_a_restart_is_on_time_when_the_schedule_is_asked_for_one_step():
+def test_lr_at_finds_every_restart_exactly():
     """scheduler.step(epoch) takes a floating-point logarithm: int(math.log(243, 3)) == 4."""
     schedule = CosineWarmRestarts(lr=1.0, T_0=1, T_mult=3)
     assert schedule.position(121) == (121, 5, 0, 243)
@@ -334,7 +336,7 @@ def test_eta_min_above_a_groups_lr_is_an_error(backend):
     assert pair.scheduler.get_last_lr()[1] > 0.001
 
 
-def test_no_python_runs_per_parameter():
+def test_step_runs_no_python_per_parameter():
     """The pair spends 2.6 to 4.8 ms of Python on a step of 1000 tiny tensors."""
 
     def calls_of_a_step(n_params):
@@ -355,8 +357,8 @@ def test_no_python_runs_per_parameter():
     assert calls_of_a_step(1000) == calls_of_a_step(2) > 0
 
 
-def test_inputs_of_the_pair_keep_their_values(backend):
-    """Gradients are read only, and copies stay apart: the ground the other tests stand on."""
+def test_step_only_reads_gradients(backend):
+    """Copies share no memory either. The other tests rely on both."""
     ours = make_params([65])
     theirs = copies_of(ours)
     optimizer = FusedSGDR(

@@ -1,4 +1,4 @@
-"""The example with the paper's comparisons."""
+"""examples/paper.py."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def example():
     del sys.modules["paper_example"]
 
 
-def test_a_fifth_of_the_training_labels_is_wrong_and_no_other(example):
+def test_label_noise_changes_a_fifth_of_the_training_labels_only(example):
     clean, noisy = (example.Split.load(3, noise) for noise in (0.0, 0.2))
     wrong = (clean.labels["train"] != noisy.labels["train"]).double().mean()
     assert wrong == pytest.approx(0.2, abs=0.001)
@@ -31,14 +31,14 @@ def test_a_fifth_of_the_training_labels_is_wrong_and_no_other(example):
         assert clean.images[part].equal(noisy.images[part])
 
 
-def test_seeds_divide_the_images_in_other_ways(example):
+def test_each_seed_has_its_own_split(example):
     one, other = (example.Split.load(seed, 0.0) for seed in (0, 1))
     assert not one.images["test"].equal(other.images["test"])
     sizes = {part: len(labels) for part, labels in one.labels.items()}
     assert sizes == {"test": 597, "validation": 200, "train": 1000}
 
 
-def test_each_training_learns_and_the_snapshots_are_not_the_last_weights(example):
+def test_every_method_learns_and_snapshots_differ_from_the_last_weights(example):
     errors = {}
     for method in example.TRAININGS:
         errors |= example.train(example.Job(method, noise=0.2, lr=0.1, seed=0, epochs=7))
@@ -58,9 +58,7 @@ def test_each_training_learns_and_the_snapshots_are_not_the_last_weights(example
         ([1.0], [9.0], "cannot be told apart here"),
     ],
 )
-def test_the_verdict_takes_two_standard_errors_of_the_paired_difference(
-    example, better, worse, verdict
-):
+def test_verdict_needs_two_standard_errors(example, better, worse, verdict):
     assert example.judge(better, worse)["verdict"] == verdict
 
 
@@ -78,7 +76,7 @@ def test_table_relations_and_progress_are_printed(example, tmp_path, capsys, mon
     assert (tmp_path / "paper.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_says_what_the_committed_run_found(example):
+def test_page_matches_the_committed_results(example):
     results = json.loads((REPOSITORY / "examples" / "paper.json").read_text())["results"]
     page = " ".join((DOCS / "paper.md").read_text().split())
     for result in results:

@@ -1,4 +1,4 @@
-"""Gradients, parameters, groups, buffers and options that come, go or change between steps."""
+"""Gradients, parameters, groups, buffers and options may come, go or change between steps."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 3, "T_mult":
 
 
 class SideBySide:
-    """Our optimizer and the pair on equal parameters; whatever is done is done to both."""
+    """Our optimizer and the pair on equal parameters, stepped and compared together."""
 
     def __init__(self, backend, sizes=(65, 8, 33), **options):
         self.options = OPTIONS | options
@@ -38,7 +38,7 @@ class SideBySide:
             self.steps += 1
 
 
-def test_parameter_without_a_gradient_stays_as_it_is(backend):
+def test_parameter_without_a_gradient_is_unchanged(backend):
     both = SideBySide(backend)
     untouched = both.ours[1].detach().clone()
     both.step(missing=[1], times=7)
@@ -46,7 +46,7 @@ def test_parameter_without_a_gradient_stays_as_it_is(backend):
     assert "momentum_buffer" not in both.optimizer.state.get(both.ours[1], {})
 
 
-def test_step_without_any_gradient_moves_the_schedule(backend):
+def test_step_without_any_gradient_advances_the_schedule(backend):
     both = SideBySide(backend)
     both.step(missing=[0, 1, 2], times=4)
     assert both.optimizer.cycle == 1
@@ -61,7 +61,7 @@ def test_each_parameter_has_its_own_first_step(backend):
     both.step(times=3)
 
 
-def test_gradients_missing_for_a_while_leave_the_momentum(backend):
+def test_momentum_survives_missing_gradients(backend):
     both = SideBySide(backend)
     both.step(times=3)
     both.step(missing=[0, 2], times=3)
@@ -97,7 +97,7 @@ def test_group_added_mid_run_has_its_own_first_step(backend, steps_before):
     both.step(times=5)
 
 
-def test_parameter_pointed_at_other_memory_is_followed(backend):
+def test_parameter_moved_to_other_memory_is_updated_there(backend):
     both = SideBySide(backend)
     both.step(times=2)
     old = both.ours[0].data
@@ -108,14 +108,14 @@ def test_parameter_pointed_at_other_memory_is_followed(backend):
     assert torch.equal(old, before), "the old memory is written no more"
 
 
-def test_parameter_pointed_at_another_layout_is_followed(backend):
+def test_parameter_changed_to_another_layout_is_updated(backend):
     both = SideBySide(backend, sizes=[(4, 3, 5, 6)])
     both.step(times=2)
     both.ours[0].data = both.ours[0].data.to(memory_format=torch.channels_last)
     both.step(times=3)
 
 
-def test_gradient_replaced_by_another_tensor_is_followed(backend):
+def test_replaced_gradient_is_used(backend):
     both = SideBySide(backend)
     both.step()
     old = both.ours[0].grad
@@ -174,7 +174,7 @@ def test_state_replaced_by_another_dict_is_used(backend):
     both.step(times=2)
 
 
-def test_parameter_removed_from_its_group_stays_as_it_is(backend):
+def test_parameter_removed_from_its_group_is_unchanged(backend):
     both = SideBySide(backend)
     both.step(times=2)
     for stepper, _ in both.sides:
@@ -184,7 +184,7 @@ def test_parameter_removed_from_its_group_stays_as_it_is(backend):
     assert torch.equal(both.ours[0], removed)
 
 
-def test_parameter_replaced_in_its_group_is_stepped(backend):
+def test_parameter_replaced_in_its_group_is_updated(backend):
     both = SideBySide(backend)
     both.step(times=2)
     (new,) = make_params([33], seed=3)
@@ -194,7 +194,7 @@ def test_parameter_replaced_in_its_group_is_stepped(backend):
     both.step(times=3)
 
 
-def test_group_removed_is_stepped_no_more(backend):
+def test_removed_group_is_unchanged(backend):
     ours = make_params([9, 5])
     groups = [{"params": [param]} for param in ours]
     optimizer = FusedSGDR(groups, backend=backend, **OPTIONS)
@@ -226,8 +226,8 @@ def test_groups_in_another_order_keep_their_options(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_module_converted_to_another_dtype_goes_on(backend, dtype):
-    """The momentum stays float32, as torch leaves it too; there the next step mixes the two."""
+def test_training_continues_in_a_module_converted_to_another_dtype(backend, dtype):
+    """The momentum stays float32, as in torch, where the next step mixes the two dtypes."""
     ours, theirs = torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)
     theirs.load_state_dict(ours.state_dict())
     optimizer = FusedSGDR(ours.parameters(), backend=backend, **OPTIONS)
@@ -261,7 +261,7 @@ def test_module_converted_to_another_dtype_goes_on(backend, dtype):
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
-def test_option_changed_between_steps_holds_from_the_next(backend, changes):
+def test_option_changed_between_steps_applies_from_the_next(backend, changes):
     both = SideBySide(backend)
     both.step(times=2)
     for stepper, _ in both.sides:
@@ -273,7 +273,7 @@ def test_option_changed_between_steps_holds_from_the_next(backend, changes):
 
 
 def test_momentum_switched_off_and_on_between_steps(backend):
-    """The buffer waits meanwhile, as in torch."""
+    """The buffer is kept meanwhile, as in torch."""
     both = SideBySide(backend)
     for momentum in (0.9, 0, 0.9):
         for stepper, _ in both.sides:
@@ -289,8 +289,8 @@ def test_momentum_switched_on_between_steps(backend):
     both.step(times=3)
 
 
-def test_lr_set_by_hand_holds_for_one_step(backend):
-    """As with the pair, whose scheduler computes the LR anew after it."""
+def test_lr_set_by_hand_applies_to_one_step(backend):
+    """The pair behaves the same: its scheduler computes the next LR anew."""
     both = SideBySide(backend)
     both.step(times=2)
     for lr in (0.7, 0.0, 0.01):
@@ -301,8 +301,8 @@ def test_lr_set_by_hand_holds_for_one_step(backend):
         both.step()
 
 
-def test_lr_reduced_on_a_plateau_holds_for_one_step(backend):
-    """ReduceLROnPlateau sets the LR as a hand does, so it cannot be told apart and refused."""
+def test_lr_reduced_on_a_plateau_applies_to_one_step(backend):
+    """ReduceLROnPlateau is indistinguishable from setting lr by hand, so it is not refused."""
     both = SideBySide(backend)
     both.step(times=2)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(both.optimizer, factor=0.5, patience=0)
@@ -314,14 +314,14 @@ def test_lr_reduced_on_a_plateau_holds_for_one_step(backend):
     both.step(times=2)
 
 
-def test_lr_set_by_hand_before_the_first_step_holds_for_it(backend):
+def test_lr_set_by_hand_before_the_first_step_applies_to_it(backend):
     both = SideBySide(backend)
     for stepper, _ in both.sides:
         stepper.param_groups[0]["lr"] = 0.02
     both.step(times=2)
 
 
-def test_lr_set_by_hand_as_a_tensor_is_read(backend):
+def test_lr_set_by_hand_may_be_a_tensor(backend):
     both = SideBySide(backend)
     both.step()
     both.optimizer.param_groups[0]["lr"] = torch.tensor(0.25, dtype=torch.float64)
@@ -329,7 +329,7 @@ def test_lr_set_by_hand_as_a_tensor_is_read(backend):
     both.step(times=2)
 
 
-def test_lr_set_by_hand_to_an_integer_is_taken(backend):
+def test_lr_set_by_hand_may_be_an_integer(backend):
     both = SideBySide(backend)
     both.step()
     for stepper, _ in both.sides:
@@ -338,7 +338,7 @@ def test_lr_set_by_hand_to_an_integer_is_taken(backend):
 
 
 def lr_of_next_step(optimizer, param):
-    """The LR that a step really uses: with p = 0 and grad = 1 it is the distance."""
+    """The LR that a step really uses: with p = 0 and grad = 1 the parameter moves by it."""
     param.data.zero_()
     param.grad = torch.ones_like(param)
     optimizer.step()
@@ -354,7 +354,7 @@ def lr_of_next_step(optimizer, param):
     [{"initial_lr": 0.5}, {"eta_min": 0.125}, {"initial_lr": 1.0, "eta_min": 0.25}],
     ids=lambda changes: "-".join(changes),
 )
-def test_peak_or_floor_changed_between_steps_holds_from_the_next(backend, before, changes):
+def test_peak_or_floor_changed_between_steps_applies_from_the_next(backend, before, changes):
     param = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
     optimizer = FusedSGDR([param], lr=0.25, T_0=7, T_mult=2, backend=backend)
     group = optimizer.param_groups[0]
@@ -382,7 +382,7 @@ def test_peak_or_floor_changed_between_steps_holds_from_the_next(backend, before
         position = schedule.advance(Position(**position))._asdict()
 
 
-def test_length_of_later_cycles_changed_between_steps(backend):
+def test_changed_T_0_applies_from_the_next_cycle(backend):
     (param,) = make_params([3])
     optimizer = FusedSGDR([param], lr=0.1, T_0=3, backend=backend)
     optimizer.step()
@@ -395,7 +395,7 @@ def test_length_of_later_cycles_changed_between_steps(backend):
     assert seen == [(2, 3), (0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (0, 5), (1, 5)]
 
 
-def test_group_entry_of_the_users_own_does_no_harm(backend):
+def test_users_own_group_entry_is_ignored(backend):
     both = SideBySide(backend)
     both.step()
     both.optimizer.param_groups[0]["name"] = "backbone"
@@ -404,8 +404,8 @@ def test_group_entry_of_the_users_own_does_no_harm(backend):
     both.step(times=2)
 
 
-def test_parameter_that_moves_to_a_group_with_an_average_and_back():
-    """The parameters of all groups, one after the other, are the same all the time."""
+def test_parameter_may_move_between_groups_with_and_without_an_average():
+    """The concatenated list of parameters stays the same."""
 
     def run(backend):
         params = make_params((65, 8, 33))
@@ -433,7 +433,7 @@ def test_parameter_that_moves_to_a_group_with_an_average_and_back():
 
 
 def test_state_of_one_option_and_shape_is_not_taken_for_that_of_others():
-    """A buffer that is left while other options and another shape are in use, and comes back."""
+    """A buffer is kept while another shape and other options are in use, then used again."""
 
     def run(backend):
         (param,) = params = make_params((5,))

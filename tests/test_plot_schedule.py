@@ -14,7 +14,7 @@ def ax():
     return figure.Figure().subplots()
 
 
-def test_curve_is_the_schedules(ax):
+def test_curve_follows_the_schedule(ax):
     schedule = CosineWarmRestarts(lr=0.1, T_0=10, T_mult=2)
     assert plot_schedule(schedule, 70, ax) is ax
     steps, lrs = ax.lines[0].get_data()
@@ -27,14 +27,14 @@ def test_each_restart_has_a_line(ax):
     assert [line.get_xdata()[0] for line in ax.lines[1:]] == [10, 30]
 
 
-def test_axis_counts_epochs_where_there_are_any(ax):
+def test_axis_counts_epochs_with_steps_per_epoch(ax):
     plot_schedule(CosineWarmRestarts(lr=0.1, T_0=10, steps_per_epoch=4), 80, ax)
     assert ax.get_xlabel() == "epoch"
     assert ax.get_xlim() == (0, 20)
     assert ax.lines[1].get_xdata()[0] == 10
 
 
-def test_long_training_is_thinned_out_but_keeps_its_peaks(ax):
+def test_long_training_is_drawn_with_fewer_points_and_all_peaks(ax):
     schedule = CosineWarmRestarts(lr=0.1, T_0=333_333, warmup_steps=777)
     plot_schedule(schedule, 1_000_000, ax)
     steps, lrs = map(list, ax.lines[0].get_data())
@@ -45,7 +45,7 @@ def test_long_training_is_thinned_out_but_keeps_its_peaks(ax):
     assert steps[-1] == 999_999
 
 
-def test_without_axes_it_draws_into_the_current_ones():
+def test_plot_without_axes_draws_into_the_current_ones():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -58,7 +58,7 @@ def test_without_axes_it_draws_into_the_current_ones():
 
 
 @pytest.mark.parametrize("total_steps", [0, -1, 2.5])
-def test_no_training_is_an_error(total_steps, ax):
+def test_total_steps_below_1_is_an_error(total_steps, ax):
     with pytest.raises(ValueError, match="total_steps"):
         plot_schedule(CosineWarmRestarts(lr=0.1, T_0=10), total_steps, ax)
 

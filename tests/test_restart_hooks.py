@@ -42,7 +42,7 @@ def test_hook_is_called_after_each_cycles_last_step(make):
     assert seen == [2, 6, 14]
 
 
-def test_hook_gets_the_optimizer_at_the_start_of_the_next_cycle(make):
+def test_hook_sees_the_optimizer_at_the_start_of_the_next_cycle(make):
     optimizer = make()
     seen = []
     optimizer.register_restart_hook(lambda o: seen.append((o, o.cycle, o.get_last_lr())))
@@ -51,7 +51,7 @@ def test_hook_gets_the_optimizer_at_the_start_of_the_next_cycle(make):
     assert seen == [(optimizer, 1, [0.1])]
 
 
-def test_hook_is_called_at_the_end_of_the_last_cycle_and_not_later(make):
+def test_hook_is_called_at_the_end_of_the_last_cycle_and_never_again(make):
     optimizer = make(n_cycles=2)
     seen, _ = note_steps(optimizer)
     for _ in range(20):
@@ -67,7 +67,7 @@ def test_end_of_the_warm_up_is_no_restart(make):
     assert seen == [5]
 
 
-def test_cycles_of_one_step_call_it_each_step(make):
+def test_hook_is_called_each_step_if_cycles_have_one_step(make):
     optimizer = make(T_0=1, T_mult=1)
     seen, _ = note_steps(optimizer)
     for _ in range(3):
@@ -75,7 +75,7 @@ def test_cycles_of_one_step_call_it_each_step(make):
     assert seen == [1, 2, 3]
 
 
-def test_restart_by_hand_calls_it_at_once(make):
+def test_restart_calls_the_hook_at_once(make):
     optimizer = make()
     seen, _ = note_steps(optimizer)
     optimizer.step()
@@ -86,7 +86,7 @@ def test_restart_by_hand_calls_it_at_once(make):
     assert seen == [1, 5]
 
 
-def test_restart_that_fails_does_not_call_it(make):
+def test_failed_restart_does_not_call_the_hook(make):
     optimizer = make(n_cycles=1)
     seen, _ = note_steps(optimizer)
     with pytest.raises(ValueError, match="n_cycles"):
@@ -94,7 +94,7 @@ def test_restart_that_fails_does_not_call_it(make):
     assert seen == []
 
 
-def test_skipped_step_does_not_call_it_again(make):
+def test_skipped_step_does_not_call_the_hook_again(make):
     optimizer = make()
     seen, _ = note_steps(optimizer)
     scaler = make_scaler(1.0)
@@ -107,7 +107,7 @@ def test_skipped_step_does_not_call_it_again(make):
     assert seen == [2]
 
 
-def test_skipped_nonfinite_step_does_not_call_it_again(make):
+def test_skipped_nonfinite_step_does_not_call_the_hook_again(make):
     optimizer = make(skip_nonfinite=True)
     seen, _ = note_steps(optimizer)
     for step in range(3):
@@ -117,7 +117,7 @@ def test_skipped_nonfinite_step_does_not_call_it_again(make):
     assert seen == [2]
 
 
-def test_seek_and_load_state_dict_do_not_call_it(make):
+def test_seek_and_load_state_dict_do_not_call_the_hook(make):
     optimizer, other = make(), make()
     for _ in range(2):
         other.step()
@@ -131,7 +131,7 @@ def test_seek_and_load_state_dict_do_not_call_it(make):
     assert seen == []
 
 
-def test_step_skipped_after_a_seek_to_a_boundary_does_not_call_it(make):
+def test_step_skipped_after_a_seek_to_a_restart_does_not_call_the_hook(make):
     optimizer = make(skip_nonfinite=True)
     seen, _ = note_steps(optimizer)
     optimizer.seek(2)
@@ -140,7 +140,7 @@ def test_step_skipped_after_a_seek_to_a_boundary_does_not_call_it(make):
     assert seen == []
 
 
-def test_step_that_fails_does_not_call_it(make):
+def test_failed_step_does_not_call_the_hook(make):
     optimizer = make()
     seen, _ = note_steps(optimizer)
     optimizer.step()
@@ -150,7 +150,7 @@ def test_step_that_fails_does_not_call_it(make):
     assert seen == []
 
 
-def test_removed_hook_is_called_no_more(make):
+def test_removed_hook_is_not_called(make):
     optimizer = make()
     seen, handle = note_steps(optimizer)
     others, _ = note_steps(optimizer)
@@ -165,7 +165,7 @@ def test_removed_hook_is_called_no_more(make):
     assert others == [2, 6, 6]
 
 
-def test_hook_of_a_with_block_ends_with_it(make):
+def test_with_block_removes_its_hook(make):
     optimizer = make()
     seen = []
     with optimizer.register_restart_hook(seen.append):
@@ -184,7 +184,7 @@ def test_hook_may_remove_itself(make):
     assert seen == [1]
 
 
-def test_each_group_can_have_a_hook_of_its_own(make):
+def test_each_group_can_have_its_own_hook(make):
     optimizer = make(n_groups=2)
     optimizer.param_groups[1]["T_0"] = 3
     optimizer.seek(0)
@@ -219,7 +219,7 @@ def test_copy_has_no_hooks(make):
     assert seen == []
 
 
-def test_hook_changes_no_number(make):
+def test_hook_does_not_change_training(make):
     with_hook, without = make(), make()
     note_steps(with_hook)
     for _ in range(10):

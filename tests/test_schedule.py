@@ -1,4 +1,4 @@
-"""The schedule: one closed form, two incremental ones, torch's and exact integers, all the same."""
+"""The closed form, both backends, torch and exact integers agree on the schedule."""
 
 import importlib
 import importlib.util
@@ -67,7 +67,7 @@ def test_plain_python_advances_as_its_closed_form(schedule):
 
 @settings(max_examples=100, deadline=None)
 @given(schedule=SCHEDULES, start=st.integers(0, 10**6))
-def test_running_optimizer_may_start_anywhere(schedule, start):
+def test_seek_to_any_step_follows_the_closed_form(schedule, start):
     if native.extension is None:
         pytest.skip(native.why_missing)
     # The closed form walks over cycles that are not all alike.
@@ -82,7 +82,7 @@ def test_running_optimizer_may_start_anywhere(schedule, start):
 
 @settings(max_examples=100, deadline=None)
 @given(schedule=SCHEDULES, total=st.integers(0, 300))
-def test_restarts_are_where_a_new_cycle_begins(schedule, total):
+def test_restarts_lists_the_first_steps_of_cycles(schedule, total):
     positions = [schedule.position(step) for step in range(total)]
     starts = [p.step for p in positions if p.T_cur == 0 and 0 < p.cycle != schedule.n_cycles]
     assert schedule.restarts(total) == starts
@@ -90,7 +90,7 @@ def test_restarts_are_where_a_new_cycle_begins(schedule, total):
 
 @settings(max_examples=100, deadline=None)
 @given(schedule=SCHEDULES)
-def test_every_lr_is_between_the_floor_and_its_cycles_peak(schedule):
+def test_every_lr_is_between_eta_min_and_its_cycles_peak(schedule):
     for step in range(100):
         position = schedule.position(step)
         if position.T_cur < 0:
@@ -98,18 +98,18 @@ def test_every_lr_is_between_the_floor_and_its_cycles_peak(schedule):
         else:
             low = schedule.eta_min
             high = low + (schedule.lr - low) * schedule.cycle_decay**position.cycle
-        # Of the sums and products on the way; the i-th power has up to i roundings.
+        # Each sum and product rounds once; the i-th power has up to i roundings.
         slack = (4 + position.cycle) * 2**-52 * high
         assert low - slack <= schedule.lr_at(step) <= high + slack
 
 
 # ----------------------------------------------------------------------------------------- torch's
 
+# Each length and factor with a floor and without.
 TORCH_SCHEDULES = [
-    (T_0, T_mult, eta_min)
+    (T_0, T_mult, 1e-3 if (T_0 + T_mult) % 2 else 0.0)
     for T_0 in (1, 2, 3, 7, 10)
     for T_mult in (1, 2, 3, 5, 9, 10)
-    for eta_min in (0.0, 1e-3)
 ]
 
 
@@ -120,7 +120,7 @@ def torch_scheduler(lr, T_0, T_mult, eta_min):
 
 
 @pytest.mark.parametrize(("T_0", "T_mult", "eta_min"), TORCH_SCHEDULES)
-def test_each_step_is_torchs_to_the_bit(T_0, T_mult, eta_min):
+def test_each_step_equals_torch_bit_for_bit(T_0, T_mult, eta_min):
     scheduler = torch_scheduler(0.3, T_0, T_mult, eta_min)
     schedule = CosineWarmRestarts(lr=0.3, T_0=T_0, T_mult=T_mult, eta_min=eta_min)
     for step in range(600):
@@ -133,7 +133,7 @@ def test_each_step_is_torchs_to_the_bit(T_0, T_mult, eta_min):
 
 
 def exact_position(T_0, T_mult, epoch):
-    """By integers alone."""
+    """T_cur and T_i, computed in integers."""
     T_i = T_0
     while epoch >= T_i:
         epoch -= T_i
@@ -155,7 +155,7 @@ def points_torch_gets_wrong(T_0, T_mult, epochs):
 
 @pytest.mark.parametrize("T_0", [1, 2, 3, 10])
 @pytest.mark.parametrize("T_mult", [1, 2, 3, 5, 9, 10])
-def test_any_epoch_is_torchs_wherever_torch_is_right(T_0, T_mult):
+def test_position_equals_torch_wherever_torch_is_right(T_0, T_mult):
     schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
     scheduler = torch_scheduler(1.0, T_0, T_mult, 0.0)
     compared = 0
@@ -184,8 +184,8 @@ def test_any_epoch_is_torchs_wherever_torch_is_right(T_0, T_mult):
         (3, 10, [333]),
     ],
 )
-def test_points_that_torch_gets_wrong_are_right_here(T_0, T_mult, wrong):
-    """Restarts that torch's scheduler.step(epoch) begins one epoch late: all below 8000."""
+def test_restarts_that_torch_begins_late_are_on_time(T_0, T_mult, wrong):
+    """All restarts below 8000 that torch's scheduler.step(epoch) begins one epoch late."""
     assert points_torch_gets_wrong(T_0, T_mult, 8000) == wrong, "torch has mended this: say so"
     schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
     for epoch in wrong:
@@ -203,7 +203,7 @@ def test_restarts_of_huge_steps_are_exact(T_mult, cycle):
     assert schedule.lr_at(start) == 1.0
 
 
-def test_huge_step_of_equal_cycles_is_reached_at_once():
+def test_position_of_a_huge_step_is_computed_at_once():
     schedule = CosineWarmRestarts(lr=1.0, T_0=7, n_cycles=10**17)
     assert schedule.position(7 * 10**15 + 3) == (7 * 10**15 + 3, 10**15, 3, 7)
     assert schedule.position(7 * 10**17 + 3)[1] == 10**17
@@ -211,7 +211,7 @@ def test_huge_step_of_equal_cycles_is_reached_at_once():
 
 
 @pytest.mark.parametrize("T_mult", [2, 1.5, 1e300])
-def test_cycle_too_long_to_end_does_not_overflow(T_mult):
+def test_length_of_a_huge_cycle_does_not_overflow(T_mult):
     schedule = CosineWarmRestarts(lr=1.0, T_0=5, T_mult=T_mult)
     assert schedule.cycle_length(5000) == 2**53
     assert schedule.position(10**15).cycle < 5000
@@ -228,7 +228,7 @@ def test_epoch_annealing_keeps_the_lr_of_an_epoch():
             scheduler.step()
 
 
-def test_epoch_of_several_steps_is_torchs_fraction_of_an_epoch():
+def test_steps_within_an_epoch_equal_torchs_fractions_of_an_epoch():
     """scheduler.step(epoch + i / n), to the rounding of that fraction."""
     schedule = CosineWarmRestarts(lr=1.0, T_0=3, T_mult=2, steps_per_epoch=8)
     scheduler = torch_scheduler(1.0, 3, 2, 0.0)
@@ -239,7 +239,7 @@ def test_epoch_of_several_steps_is_torchs_fraction_of_an_epoch():
         assert schedule.lr_at(step) == pytest.approx(scheduler.get_last_lr()[0], abs=2**-50)
 
 
-def test_warm_up_is_a_line_that_ends_at_the_peak():
+def test_warm_up_is_linear_and_ends_at_the_peak():
     schedule = CosineWarmRestarts(lr=0.5, T_0=4, warmup_steps=4, warmup_start_lr=0.1)
     assert [schedule.lr_at(s) for s in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert schedule.lr_at(4) == 0.5
@@ -247,12 +247,12 @@ def test_warm_up_is_a_line_that_ends_at_the_peak():
     assert schedule.restarts(20) == [8, 12, 16]
 
 
-def test_peaks_shrink_towards_the_floor():
+def test_cycle_decay_shrinks_peaks_towards_eta_min():
     schedule = CosineWarmRestarts(lr=0.9, T_0=2, eta_min=0.1, cycle_decay=0.5)
     assert [schedule.lr_at(2 * i) for i in range(4)] == pytest.approx([0.9, 0.5, 0.3, 0.2])
 
 
-def test_schedule_stays_at_the_floor_after_its_last_cycle():
+def test_schedule_stays_at_eta_min_after_its_last_cycle():
     schedule = CosineWarmRestarts(lr=0.9, T_0=3, T_mult=2, eta_min=0.125, n_cycles=2)
     assert schedule.lr_at(8) > 0.125
     assert {schedule.lr_at(step) for step in (9, 10, 100, 10**9)} == {0.125}
@@ -290,18 +290,18 @@ def test_fit_T_0_of_the_example():
 
 
 @pytest.mark.parametrize("n_cycles", [0, -1, 2.5, True])
-def test_fit_T_0_wants_a_number_of_cycles(n_cycles):
+def test_fit_T_0_refuses_a_bad_number_of_cycles(n_cycles):
     with pytest.raises(ValueError, match=f"n_cycles={n_cycles!r}"):
         fit_T_0(10, n_cycles)
 
 
 @pytest.mark.parametrize("step", [-1, 0.5, "1", None, True])
-def test_position_wants_a_step(step):
+def test_position_refuses_what_is_no_step(step):
     with pytest.raises(ValueError, match="step="):
         CosineWarmRestarts(lr=1.0, T_0=3).position(step)
 
 
-def test_schedule_can_be_neither_changed_nor_confused():
+def test_schedule_is_immutable_and_hashable():
     schedule = CosineWarmRestarts(lr=1.0, T_0=3)
     with pytest.raises(AttributeError):
         schedule.T_0 = 4
@@ -317,7 +317,7 @@ FLOAT64_ROUNDINGS = 8 * 2**-53
 
 
 @pytest.mark.parametrize("T_mult", [1, 2, 3])
-def test_schedule_is_optaxs(T_mult):
+def test_schedule_equals_optax(T_mult):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optax = pytest.importorskip("optax")
@@ -342,7 +342,7 @@ def test_schedule_is_optaxs(T_mult):
 
 
 def timm_module(name):
-    """A module of timm.scheduler, without timm itself, which wants torchvision."""
+    """Imports a module of timm.scheduler without timm itself, which needs torchvision."""
     spec = importlib.util.find_spec("timm")
     if spec is None:
         pytest.skip("no timm")
@@ -352,7 +352,7 @@ def timm_module(name):
     return importlib.import_module(f"timm_scheduler.{name}")
 
 
-def test_schedule_is_timms():
+def test_schedule_equals_timm():
     scheduler = timm_module("cosine_lr")
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     theirs = scheduler.CosineLRScheduler(
@@ -379,7 +379,7 @@ def test_schedule_is_timms():
         assert ours.lr_at(step) == sgd.param_groups[0]["lr"] == 0.01
 
 
-def test_formula_is_the_papers():
+def test_formula_equals_the_paper():
     """Equation 5, for the figures that the paper's own experiments use."""
     schedule = CosineWarmRestarts(lr=0.05, T_0=1, T_mult=2, steps_per_epoch=391)
     step = 391 * (1 + 2) + 391 + 17  # in the third cycle, of 4 epochs

@@ -1,4 +1,4 @@
-"""The schedule of a running optimizer: restarted, moved, asked; one of its own for each group."""
+"""restart(), seek() and queries of a running optimizer; each group has its own schedule."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def place(optimizer, group=0):
 
 
 def test_get_last_lr_is_the_lr_of_the_next_step(backend):
-    """With p = 0 and a gradient of one, the step shows the LR it used."""
+    """With p = 0 and a gradient of 1, the parameter moves by the LR."""
     param = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
     optimizer = FusedSGDR([param], lr=0.3, T_0=5, eta_min=0.01, backend=backend)
     for _ in range(12):
@@ -53,7 +53,7 @@ def test_initial_lr_is_the_peak(backend):
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
 
 
-def test_tensor_lr_is_read_once(backend):
+def test_tensor_lr_is_read_at_construction_only(backend):
     lr = torch.tensor(0.5)
     optimizer, params = make(backend, lr=lr)
     run(optimizer, params, 2)
@@ -131,7 +131,7 @@ def test_seek_leaves_parameters_and_momentum(backend):
     assert torch.equal(momentum_of(optimizer, params[0]), kept[1])
 
 
-def test_cycle_and_its_end_are_told(backend):
+def test_cycle_and_is_cycle_end_follow_the_schedule(backend):
     optimizer, params = make(backend, T_0=2)
     seen = [(optimizer.cycle, optimizer.is_cycle_end)]
     for step in range(7):
@@ -141,7 +141,7 @@ def test_cycle_and_its_end_are_told(backend):
     assert seen == [*ends, (2, False)]
 
 
-def test_end_of_the_last_cycle_is_told_once(backend):
+def test_is_cycle_end_is_true_once_at_the_end_of_the_last_cycle(backend):
     optimizer, params = make(backend, T_0=2, T_mult=1, n_cycles=2)
     ends = []
     for step in range(8):
@@ -150,7 +150,7 @@ def test_end_of_the_last_cycle_is_told_once(backend):
     assert ends == [False, True, False, True, False, False, False, False]
 
 
-def test_end_of_warm_up_is_no_end_of_a_cycle(backend):
+def test_is_cycle_end_is_false_at_the_end_of_the_warm_up(backend):
     optimizer, params = make(backend, warmup_steps=2)
     run(optimizer, params, 2)
     assert (optimizer.cycle, optimizer.is_cycle_end) == (0, False)
@@ -193,7 +193,7 @@ def test_every_step_uses_the_lr_of_the_closed_form(backend, options):
     assert [lr for (lr,) in run(optimizer, params, 50)] == [schedule.lr_at(s) for s in range(50)]
 
 
-def test_each_group_has_a_schedule_of_its_own(backend):
+def test_each_group_has_its_own_schedule(backend):
     params = make_params([9, 5, 3])
     groups = [
         {"params": params[:1]},
@@ -218,8 +218,8 @@ def test_each_group_has_a_schedule_of_its_own(backend):
             assert torch.equal(ours, theirs), step
 
 
-def test_momentum_is_dropped_at_each_restart_if_asked_for(backend):
-    """As if the state had been cleared by hand; not so at the start, nor after the last cycle."""
+def test_reset_momentum_drops_the_momentum_at_each_restart(backend):
+    """The result equals clearing the state by hand. The start and the end are no restarts."""
     options = {"T_0": 3, "T_mult": 1, "dampening": 0.5, "n_cycles": 3}
     optimizer, params = make(backend, reset_momentum=True, **options)
     expected, expected_params = make("reference", **options)
@@ -233,7 +233,7 @@ def test_momentum_is_dropped_at_each_restart_if_asked_for(backend):
             assert_same(optimizer, params, expected, expected_params, f"after step {step}")
 
 
-def test_restart_drops_the_momentum_if_asked_for(backend):
+def test_restart_drops_the_momentum_with_reset_momentum(backend):
     optimizer, params = make(backend, n_groups=2)
     optimizer.param_groups[1]["reset_momentum"] = True
     run(optimizer, params, 2)
@@ -244,7 +244,7 @@ def test_restart_drops_the_momentum_if_asked_for(backend):
     assert momentum_of(optimizer, params[1]) is not None
 
 
-def test_momentum_is_dropped_for_parameters_without_a_gradient_too(backend):
+def test_reset_momentum_includes_parameters_without_a_gradient(backend):
     optimizer, params = make(backend, T_0=2, reset_momentum=True)
     run(optimizer, params, 1)
     params[0].grad = None
@@ -252,8 +252,8 @@ def test_momentum_is_dropped_for_parameters_without_a_gradient_too(backend):
     assert momentum_of(optimizer, params[0]) is None
 
 
-def test_new_group_joins_in_step_after_a_restart(backend):
-    """The same cycles: the same place. Other cycles: its own place at that step."""
+def test_new_group_joins_at_the_current_step_after_a_restart(backend):
+    """With equal cycles it joins group 0's position, else its own schedule's at that step."""
     optimizer, params = make(backend)
     run(optimizer, params, 2)
     optimizer.restart()
@@ -265,7 +265,7 @@ def test_new_group_joins_in_step_after_a_restart(backend):
     assert place(optimizer, 2) == [3, 1, 1, 4]
 
 
-def test_schedule_without_momentum_or_gradients_still_runs(backend):
+def test_schedule_advances_without_momentum_or_gradients(backend):
     optimizer, params = make(backend, momentum=0)
     for _ in range(5):
         optimizer.step()

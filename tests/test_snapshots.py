@@ -1,4 +1,4 @@
-"""Snapshots of the weights at each cycle's end."""
+"""Snapshots: copies of the weights at the end of each cycle."""
 
 import copy
 
@@ -26,7 +26,7 @@ def make(**options):
 
 
 def train(model, optimizer, snapshots, steps):
-    """Steps; gives the weights at each snapshot that was taken."""
+    """Takes steps; returns the weights at each snapshot taken."""
     taken = []
     for step in range(steps):
         give_gradients(step, list(model.parameters()))
@@ -48,7 +48,7 @@ def test_weights_and_buffers_are_kept_at_each_cycles_end(folder):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_only_the_latest_are_kept(folder):
+def test_only_the_latest_snapshots_are_kept(folder):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, keep=2, folder=folder)
     train(model, optimizer, snapshots, 30)
@@ -57,7 +57,7 @@ def test_only_the_latest_are_kept(folder):
         snapshots.load(0)
 
 
-def test_one_cycle_end_is_one_snapshot(folder):
+def test_each_cycle_end_is_one_snapshot(folder):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, folder=folder)
     train(model, optimizer, snapshots, 2)
@@ -82,7 +82,7 @@ def test_prediction_is_the_mean_of_the_snapshots(folder):
     assert not torch.allclose(raw, snapshots.predict(inputs))
 
 
-def test_prediction_leaves_the_model_as_it_was(folder):
+def test_prediction_does_not_change_the_model(folder):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, folder=folder)
     train(model, optimizer, snapshots, 10)
@@ -101,7 +101,7 @@ def test_prediction_leaves_the_model_as_it_was(folder):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_folder_is_taken_up_again(tmp_path):
+def test_snapshots_continue_in_a_folder(tmp_path):
     model, optimizer = make()
     train(model, optimizer, Snapshots(model, optimizer, folder=tmp_path), 6)
     resumed, other = make()
@@ -112,7 +112,7 @@ def test_a_folder_is_taken_up_again(tmp_path):
     assert snapshots.cycles == [0, 1, 2]
 
 
-def test_cycles_of_a_run_that_was_left_are_dropped(folder):
+def test_snapshots_of_an_abandoned_run_are_dropped(folder):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, keep=2, folder=folder)
     train(model, optimizer, snapshots, 2)
@@ -126,7 +126,7 @@ def test_cycles_of_a_run_that_was_left_are_dropped(folder):
     assert torch.equal(snapshots.load(1)["0.weight"], taken[0]["0.weight"])
 
 
-def test_taking_up_again_one_step_before_a_cycles_end_misses_no_snapshot(folder):
+def test_resuming_one_step_before_a_cycles_end_takes_its_snapshot(folder):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, folder=folder)
     train(model, optimizer, snapshots, 5)
@@ -136,7 +136,7 @@ def test_taking_up_again_one_step_before_a_cycles_end_misses_no_snapshot(folder)
     assert len(train(model, optimizer, snapshots, 1)) == 1
 
 
-def test_what_was_loaded_is_a_copy(folder):
+def test_loaded_snapshot_is_a_copy(folder):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, folder=folder)
     train(model, optimizer, snapshots, 2)
@@ -149,7 +149,7 @@ def test_what_was_loaded_is_a_copy(folder):
 
 
 class WithExtraState(torch.nn.Linear):
-    """Saves something besides its tensors."""
+    """A layer that also saves something that is no tensor."""
 
     note = "unset"
 
@@ -201,7 +201,7 @@ def test_cycle_with_seven_digits_is_found_again(tmp_path):
     assert snapshots.load(1_000_000)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     model, optimizer = make()
     snapshots = Snapshots(model, optimizer, folder=tmp_path)
     snapshots.take(0)
@@ -219,7 +219,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["snapshot-000000.pt"]
 
 
-def test_no_snapshot_is_an_error(folder):
+def test_prediction_without_a_snapshot_is_an_error(folder):
     snapshots = Snapshots(*make(), folder=folder)
     with pytest.raises(RuntimeError, match="no cycle has ended"):
         snapshots.predict(torch.randn(5, 3))

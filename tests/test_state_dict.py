@@ -1,4 +1,4 @@
-"""Saved, loaded, copied and pickled, a training goes on as if nothing had happened."""
+"""A training that is saved, loaded, copied or pickled continues bit for bit."""
 
 import copy
 import io
@@ -57,7 +57,7 @@ def set_values(params, values):
 
 
 @pytest.mark.parametrize("saved_after", [0, 1, 5, 9])
-def test_training_resumed_from_a_file_is_the_uninterrupted_one(backend, dtype, saved_after):
+def test_training_resumed_from_a_file_equals_the_uninterrupted_one(backend, dtype, saved_after):
     whole, whole_params = make_optimizer(backend, dtype=dtype)
     run(whole, whole_params, 0, saved_after)
     checkpoint = through_a_file(
@@ -73,7 +73,7 @@ def test_training_resumed_from_a_file_is_the_uninterrupted_one(backend, dtype, s
         assert_same(resumed, resumed_params, whole, whole_params, f"after step {step}")
 
 
-def test_training_is_resumed_in_an_optimizer_that_has_run_before(backend):
+def test_optimizer_that_has_already_run_may_resume_another_training(backend):
     whole, whole_params = make_optimizer(backend)
     run(whole, whole_params, 0, 5)
     resumed, resumed_params = make_optimizer(backend, seed=1)
@@ -85,7 +85,7 @@ def test_training_is_resumed_in_an_optimizer_that_has_run_before(backend):
     assert_same(resumed, resumed_params, whole, whole_params)
 
 
-def test_options_come_from_the_state_dict(backend):
+def test_load_state_dict_restores_options(backend):
     whole, whole_params = make_optimizer(backend, momentum=0.5, T_0=7, cycle_decay=0.5, n_cycles=4)
     run(whole, whole_params, 0, 3)
     resumed, params = make_optimizer(backend)
@@ -97,7 +97,7 @@ def test_options_come_from_the_state_dict(backend):
     assert [g["params"] for g in resumed.param_groups] == [params[:2], params[2:]]
 
 
-def test_restart_and_hand_set_lr_survive_a_file(backend):
+def test_restart_and_lr_set_by_hand_are_saved(backend):
     whole, whole_params = make_optimizer(backend)
     run(whole, whole_params, 0, 2)
     whole.restart()
@@ -137,7 +137,7 @@ def test_loading_shares_no_memory_with_the_state_dict(backend):
     assert state_dict["param_groups"] == kept["param_groups"]
 
 
-def test_loading_ones_own_state_dict_changes_nothing(backend):
+def test_loading_its_own_state_dict_changes_nothing(backend):
     optimizer, params = make_optimizer(backend)
     run(optimizer, params, 0, 4)
     before = snapshot(optimizer, params)
@@ -148,8 +148,8 @@ def test_loading_ones_own_state_dict_changes_nothing(backend):
 # ------------------------------------------------------------------------------ torch.optim.SGD's
 
 
-def test_plain_sgd_state_dict_is_loaded(backend):
-    """The schedule stays where it was: SGD's state_dict knows nothing of one."""
+def test_state_dict_of_plain_sgd_is_loaded(backend):
+    """The schedule keeps its position: SGD's state_dict has none."""
     theirs = make_params(SIZES)
     sgd = torch.optim.SGD(theirs, lr=0.3, momentum=0.8, foreach=False)
     for step in range(3):
@@ -170,7 +170,7 @@ def test_plain_sgd_state_dict_is_loaded(backend):
         assert torch.equal(momentum_of(optimizer, our), momentum_of(sgd, their))
 
 
-def test_state_dict_of_an_sgd_with_a_scheduler_keeps_its_peak(backend):
+def test_state_dict_of_sgd_with_a_scheduler_keeps_its_peak(backend):
     theirs = make_params(SIZES)
     pair = Pair(theirs, lr=0.3, T_0=10)
     for _ in range(4):
@@ -182,7 +182,7 @@ def test_state_dict_of_an_sgd_with_a_scheduler_keeps_its_peak(backend):
     assert optimizer.get_last_lr() == pair.scheduler.get_last_lr()
 
 
-def test_ours_is_loaded_by_plain_sgd(backend):
+def test_plain_sgd_loads_our_state_dict(backend):
     ours = make_params(SIZES)
     optimizer = FusedSGDR(ours, backend=backend, **OPTIONS | {"T_0": 1000})
     run(optimizer, ours, 0, 3)
@@ -270,7 +270,7 @@ def test_state_dict_that_does_not_fit_is_an_error_and_changes_nothing(backend, s
     assert_same(optimizer, params, expected, expected_params)
 
 
-def test_misfit_is_named(backend):
+def test_error_names_what_does_not_fit(backend):
     saved, saved_params = make_optimizer(backend)
     run(saved, saved_params, 0, 1)
     state_dict = saved.state_dict()
@@ -288,7 +288,7 @@ def test_misfit_is_named(backend):
     ids=["deepcopy", "pickle"],
 )
 @pytest.mark.parametrize("steps_before", [0, 4])
-def test_copy_goes_on_alone_as_the_original_does(backend, duplicate, steps_before):
+def test_copy_continues_independently_and_identically(backend, duplicate, steps_before):
     optimizer, params = make_optimizer(backend)
     run(optimizer, params, 0, steps_before)
     other, other_params = duplicate((optimizer, params))
@@ -301,7 +301,7 @@ def test_copy_goes_on_alone_as_the_original_does(backend, duplicate, steps_befor
 
 
 def test_dtype_of_the_momentum_follows_the_parameter_at_load(backend):
-    """As in torch, whose load_state_dict casts to the parameter's dtype."""
+    """torch's load_state_dict casts to the parameter's dtype, too."""
     saved, saved_params = make_optimizer(backend)
     run(saved, saved_params, 0, 2)
     optimizer, params = make_optimizer(backend, dtype=torch.float64)
@@ -312,7 +312,7 @@ def test_dtype_of_the_momentum_follows_the_parameter_at_load(backend):
     run(optimizer, params, 2, 4)
 
 
-def test_hooks_around_state_dict_and_load_run_as_torchs_do(backend):
+def test_state_dict_hooks_run_as_in_torch(backend):
     optimizer, params = make_optimizer(backend)
     run(optimizer, params, 0, 2)
     seen = []
@@ -331,7 +331,7 @@ def test_hooks_around_state_dict_and_load_run_as_torchs_do(backend):
     assert seen == ["saving", 9]
 
 
-def test_momentum_that_was_never_made_is_not_in_the_state_dict(backend):
+def test_state_dict_without_momentum_has_no_buffers(backend):
     params = make_params(SIZES)
     optimizer = FusedSGDR(params, lr=0.1, T_0=3, backend=backend)
     run(optimizer, params, 0, 3)
@@ -340,7 +340,7 @@ def test_momentum_that_was_never_made_is_not_in_the_state_dict(backend):
     run(optimizer, params, 3, 5)
 
 
-def test_names_of_parameters_are_kept(backend):
+def test_state_dict_keeps_parameter_names(backend):
     model = torch.nn.Linear(3, 2)
     optimizer = FusedSGDR(model.named_parameters(), lr=0.1, T_0=3, backend=backend)
     state_dict = optimizer.state_dict()
@@ -350,7 +350,7 @@ def test_names_of_parameters_are_kept(backend):
 
 
 def test_state_dict_of_distributed_checkpoint_is_loaded(backend):
-    """torch.distributed.checkpoint takes an optimizer apart, and together again, by names."""
+    """torch.distributed.checkpoint stores an optimizer's state by parameter names."""
     checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
     models = [torch.nn.Linear(7, 5) for _ in range(2)]
     whole, resumed = (FusedSGDR(m.parameters(), backend=backend, **OPTIONS) for m in models)

@@ -1,4 +1,4 @@
-"""step_in_backward(): each parameter is updated and its gradient freed as it arrives."""
+"""step_in_backward(): each parameter is updated as its gradient arrives, which is then freed."""
 
 import gc
 
@@ -31,7 +31,7 @@ def loss_of(model, step):
     ],
     ids=str,
 )
-def test_updates_in_backward_are_those_of_step(backend, options):
+def test_updates_in_backward_equal_those_of_step(backend, options):
     ours, usual = make_model(), make_model()
     in_backward = FusedSGDR(ours.parameters(), **OPTIONS, **options, backend=backend)
     in_step = FusedSGDR(usual.parameters(), **OPTIONS, **options, backend=backend)
@@ -59,7 +59,7 @@ def test_one_iteration_is_one_step_of_the_schedule(backend):
     assert optimizer.param_groups[0]["step"] == 5
 
 
-def test_several_groups_each_have_their_own_lr(backend):
+def test_each_group_has_its_own_lr_in_backward(backend):
     ours, usual = make_model(), make_model()
     sides = []
     for model in (ours, usual):
@@ -78,7 +78,7 @@ def test_several_groups_each_have_their_own_lr(backend):
     assert_same_state(sides[0], params[0], sides[1], params[1])
 
 
-def test_what_backward_does_not_reach_is_updated_by_step(backend):
+def test_step_updates_what_backward_did_not_reach(backend):
     params = make_params([4, 4])
     twins = copies_of(params)
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)
@@ -92,7 +92,7 @@ def test_what_backward_does_not_reach_is_updated_by_step(backend):
     assert_same_state(optimizer, params, usual, twins)
 
 
-def test_remove_leaves_the_updates_to_step_again(backend):
+def test_remove_returns_updates_to_step(backend):
     model = make_model()
     optimizer = FusedSGDR(model.parameters(), **OPTIONS, backend=backend)
     handle = optimizer.step_in_backward()
@@ -104,7 +104,7 @@ def test_remove_leaves_the_updates_to_step_again(backend):
     optimizer.step_in_backward()
 
 
-def test_twice_is_an_error(backend):
+def test_step_in_backward_twice_is_an_error(backend):
     optimizer = FusedSGDR(make_params([4]), **OPTIONS, backend=backend)
     optimizer.step_in_backward()
     with pytest.raises(RuntimeError, match="called already"):
@@ -123,7 +123,7 @@ def test_options_that_need_all_gradients_are_refused(backend, option):
             setattr(other, name, value)
 
 
-def test_the_hooks_do_not_keep_the_optimizer_alive(backend):
+def test_hooks_do_not_keep_the_optimizer_alive(backend):
     model = make_model()
     optimizer = FusedSGDR(model.parameters(), **OPTIONS, backend=backend)
     optimizer.step_in_backward()

@@ -1,4 +1,4 @@
-"""The inputs that torch tests its own SGD with."""
+"""The inputs with which torch tests its own SGD."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def options_of(optimizer_input):
 
 
 @pytest.mark.parametrize("optimizer_input", INPUTS, ids=[i.desc for i in INPUTS])
-def test_torchs_inputs_give_the_pairs_bits(backend, dtype, optimizer_input):
+def test_torchs_inputs_equal_the_pair(backend, dtype, optimizer_input):
     options = options_of(optimizer_input)
     ours = make_params([65, 7], dtype)
     theirs = copies_of(ours)
@@ -46,7 +46,7 @@ def test_torchs_error_inputs_are_errors(backend, error_input):
     params = error_input.optimizer_error_input.params
     if params is None:
         params = make_params([3])
-    # Of duplicates torch only warns; a step would be taken twice.
+    # torch only warns of duplicates, and updates them twice.
     error = ValueError if error_input.error_type is UserWarning else error_input.error_type
     with pytest.raises(error, match=error_input.error_regex):
         FusedSGDR(params, T_0=5, backend=backend, **options)

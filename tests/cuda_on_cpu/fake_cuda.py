@@ -48,7 +48,7 @@ def _with_includes(source: Path, seen: set[Path]) -> set[Path]:
 
 
 def _build(name: str, command: Sequence[str], source: Path) -> Path:
-    """Runs `command source -o ...`, unless it has been run on these very sources before."""
+    """Runs `command source -o ...`, unless it was already run on these sources."""
     digest = hashlib.sha256("\0".join(command).encode())
     for path in sorted(_with_includes(source.resolve(), set())):
         digest.update(path.read_bytes())
@@ -223,7 +223,7 @@ def run(
 
 
 def report(script: str, *arguments: object, **options: Any) -> dict[str, Any]:
-    """Runs a script that ends well, and returns what it gave to runtime_log.report()."""
+    """Runs a script that must succeed; returns what it passed to runtime_log.report()."""
     ran = run(script, *arguments, **options)
     if ran.returncode != 0:
         pytest.fail(f"exit status {ran.returncode}\n{ran.stdout}{ran.stderr}", pytrace=False)

@@ -1,7 +1,7 @@
 """Runs the kernels under the shim beside the reference, and compares them bit for bit.
 
-A case is what happened to an optimizer, step by step. `kernel_main.cpp` reads it from a file, does
-the same by the kernels, and writes down what came of it after each step.
+A case is a sequence of steps of an optimizer. `kernel_main.cpp` reads it from a file, takes the
+same steps by the kernels, and writes the results after each step to another file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENDLESS = 2**63 - 1
 
 
 def values(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Random numbers with all kinds of zero and nearly zero among them."""
+    """Random numbers, with zeros of both signs and tiny numbers among them."""
     x = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for place, special in enumerate((0.0, -0.0, 1e-40, -1e-40, 1e-7)):
         x[1 + place :: 11] = special
@@ -45,17 +45,17 @@ def raw(tensor: Tensor) -> bytes:
 
 @dataclass
 class Outcome:
-    """What a step left behind: a name for each number or tensor, and its bytes."""
+    """The results of a step: a name for each number or tensor, and its bytes."""
 
     parts: list[tuple[str, bytes | int]] = field(default_factory=list)  # int: that many, unknown
 
     def add(self, name: str, content: bytes | int) -> None:
-        """The next bytes of the result file; a number says how many are not looked at."""
+        """Adds the next bytes of the result file; a number says how many bytes to ignore."""
         self.parts.append((name, content))
 
 
 class Case:
-    """An optimizer whose steps are taken by the reference and noted down for the kernel.
+    """An optimizer whose steps the reference takes and which records them for the kernel.
 
     Args:
         groups: Param groups; each has what FusedSGDR takes.
@@ -100,7 +100,7 @@ class Case:
         self.begin()
 
     def begin(self) -> None:
-        """Takes note of the optimizer as it is now; called again where it was changed by hand."""
+        """Records the optimizer's state; call it again after a change by hand."""
         self._start = self._header(self._offsets)
 
     def step(
@@ -110,7 +110,7 @@ class Case:
         grad_scale: float | None = None,
         found_inf: float | None = None,
     ) -> None:
-        """One step, of which param_groups may have been changed before."""
+        """One step; param_groups may have been changed before it."""
         limit = self.clipping.max_grad_norm
         step = [
             struct.pack("<BfBf", grad_scale is not None, grad_scale or 0,
@@ -143,12 +143,12 @@ class Case:
         self._outcomes.append(self._outcome(norm))
 
     def steps(self, count: int, **options: Any) -> None:
-        """As many steps in which every parameter has a gradient."""
+        """A number of steps in which every parameter has a gradient."""
         for _ in range(count):
             self.step(self.some_grads(), **options)
 
     def some_grads(self) -> list[Tensor]:
-        """A fresh gradient for each parameter."""
+        """A new gradient for each parameter."""
         seed = 1000 * (len(self._steps) + 1)
         return [
             values(p.numel(), self._grad_dtypes[i], seed + i) for i, p in enumerate(self.params)

@@ -1,4 +1,4 @@
-"""What the fake CUDA runtime was asked to do. For scripts that fake_cuda.run() runs."""
+"""The calls that the fake CUDA runtime got, for scripts that fake_cuda.run() runs."""
 
 from __future__ import annotations
 

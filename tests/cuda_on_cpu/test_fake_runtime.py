@@ -1,4 +1,4 @@
-"""That the fake CUDA runtime does what a GPU's would, as far as tests of an optimizer look."""
+"""The fake CUDA runtime does what a GPU's does, as far as tests of an optimizer can see."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from fake_cuda import FOLDER, cuda_library, host_kernels, report, require_cuda_torch, run
+
+pytestmark = pytest.mark.exhaustive
 
 # `launch(y, x)` calls the toy kernel, which nvcc has compiled, on torch's current stream.
 TOY = """
@@ -123,7 +125,7 @@ log.report(without_host_version=launch(y, x, NO_HOST_VERSION),
 """)
 
 
-def test_a_launch_runs_the_host_version(eager: dict[str, Any]) -> None:
+def test_launch_runs_the_host_version(eager: dict[str, Any]) -> None:
     assert eager["error"] == 0
     assert eager["right"]
     assert eager["launches"] == eager["all_launches"] == 1
@@ -132,27 +134,27 @@ def test_a_launch_runs_the_host_version(eager: dict[str, Any]) -> None:
     assert eager["fields"]["stream"] == "0"
 
 
-def test_a_launch_is_no_copy_and_no_synchronisation(eager: dict[str, Any]) -> None:
+def test_launch_neither_copies_nor_synchronises(eager: dict[str, Any]) -> None:
     assert eager["synchronizing"] == eager["copies"] == 0
 
 
-def test_a_copy_to_the_host_and_a_synchronisation_are_seen(eager: dict[str, Any]) -> None:
+def test_copies_to_the_host_and_synchronisations_are_logged(eager: dict[str, Any]) -> None:
     assert eager["d2h_copies"] == 2
     assert eager["synchronizing_after_item"] > 0
     assert eager["sync_names"] == ["cudaStreamSynchronize"]
 
 
-def test_a_launch_goes_to_the_current_stream(eager: dict[str, Any]) -> None:
+def test_launch_uses_the_current_stream(eager: dict[str, Any]) -> None:
     assert eager["on_stream"] != "0"
     assert eager["right_on_stream"]
 
 
-def test_a_kernel_without_host_version_is_an_error(eager: dict[str, Any]) -> None:
+def test_kernel_without_a_host_version_is_an_error(eager: dict[str, Any]) -> None:
     assert eager["without_host_version"] == 98  # cudaErrorInvalidDeviceFunction
     assert eager["unchanged"]
 
 
-def test_a_graph_replays_with_changed_inputs() -> None:
+def test_graph_replays_with_changed_inputs() -> None:
     found = report_of_toy("""
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
@@ -212,7 +214,7 @@ log.report(left=log.pending(), right=is_sum_of(y_cpu + 2 * x_cpu), stale=from_pi
     assert found == {"pending": 2, "synchronizing": 0, "left": 0, "right": True, "stale": 2.0}
 
 
-def test_device_memory_is_no_host_memory_and_a_failed_kernel_sticks() -> None:
+def test_host_cannot_read_device_memory_and_a_failed_kernel_is_remembered() -> None:
     found = report_of_toy("""
 runtime = ctypes.CDLL(None)
 def synchronize_after_failure():
@@ -229,7 +231,7 @@ log.report(
     assert found["divergent"] == found["afterwards"] == 719 % 256  # cudaErrorLaunchFailure
 
 
-def test_a_guarded_tensor_faults_on_an_overrun() -> None:
+def test_overrun_of_a_guarded_tensor_faults() -> None:
     found = report_of_toy(
         """
 n = 1004  # ends at a multiple of 16 bytes

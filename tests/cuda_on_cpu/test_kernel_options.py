@@ -1,10 +1,12 @@
-"""Clipping, averages and low precision in the kernels: the reference's results, bit for bit."""
+"""Clipping, averages and low precision in the kernels equal the reference, bit for bit."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sgdr_fused.reference import Clipping
 
 NESTEROV = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 DECOUPLED = {"momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True}
+SGD_OPTIONS = ({}, NESTEROV, DECOUPLED)
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 PRECISIONS = {
@@ -36,26 +39,47 @@ def program() -> Path:
     return shim_program(FOLDER / "kernel_main.cpp", sanitize="address,undefined", flags=["-O0"])
 
 
-@pytest.mark.parametrize("sgd_options", [{}, NESTEROV, DECOUPLED], ids=["plain", "L2", "SGDW"])
-def test_every_combination_of_options_and_dtypes_in_one_step(
-    program, tmp_path, sgd_options
-) -> None:
-    combinations = itertools.product(AVERAGES, PRECISIONS.values(), TYPES)
+def in_one_step(combinations: Iterable[tuple[Any, ...]]) -> Case:
+    """A group for each combination of an average, a precision, SGD's options and a dtype."""
     case = Case(
         [
             {"params": params((1, 37), dtype, 10 * n), "T_0": 2, "T_mult": 1}
             | sgd_options
             | average
             | precision
-            for n, (average, precision, dtype) in enumerate(combinations)
+            for n, (average, precision, sgd_options, dtype) in enumerate(combinations)
         ]
     )
     case.steps(6, grad_scale=8.0)
-    assert case.difference(program, tmp_path) == ""
+    return case
 
 
-def test_each_option_alone(program, tmp_path) -> None:
-    """Where nothing else in the step asks for the loops with extras."""
+def test_every_pair_of_options_and_dtypes_in_one_step(program, tmp_path) -> None:
+    """Each value of one axis meets each of every other."""
+    sgd_options = itertools.cycle(SGD_OPTIONS)
+    combinations = [
+        (average, precision, next(sgd_options), TYPES[(a + p) % len(TYPES)])
+        for a, average in enumerate(AVERAGES)
+        for p, precision in enumerate(PRECISIONS.values())
+    ]
+    axes = (AVERAGES, PRECISIONS, SGD_OPTIONS, TYPES)
+    for i, j in itertools.combinations(range(len(axes)), 2):
+        pairs = {(str(one[i]), str(one[j])) for one in combinations}
+        assert len(pairs) == len(axes[i]) * len(axes[j])
+    assert in_one_step(combinations).difference(program, tmp_path) == ""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sgd_options", SGD_OPTIONS, ids=["plain", "L2", "SGDW"])
+def test_every_combination_of_options_and_dtypes_in_one_step(
+    program, tmp_path, sgd_options
+) -> None:
+    combinations = itertools.product(AVERAGES, PRECISIONS.values(), [sgd_options], TYPES)
+    assert in_one_step(combinations).difference(program, tmp_path) == ""
+
+
+def test_each_option_alone_equals_the_reference(program, tmp_path) -> None:
+    """No other option of the step asks for the loops with extras."""
     for option in (*PRECISIONS.values(), *AVERAGES, {"maximize": True}):
         groups = [
             {"params": params((70, 5), dtype, 3)} | NESTEROV | option
@@ -67,7 +91,7 @@ def test_each_option_alone(program, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("momentum_dtype", TYPES, ids=str)
-def test_every_mixture_of_dtypes(program, tmp_path, momentum_dtype) -> None:
+def test_every_mixture_of_dtypes_equals_the_reference(program, tmp_path, momentum_dtype) -> None:
     pairs = list(itertools.product(TYPES, repeat=2))
     options = {"ema_decay": 0.9, "momentum_dtype": momentum_dtype} | NESTEROV
     case = Case(
@@ -84,8 +108,8 @@ def test_every_mixture_of_dtypes(program, tmp_path, momentum_dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_memory_that_is_not_aligned(program, tmp_path, dtype) -> None:
-    """Each of the five tensors on its own; state is of 2, 4 or 8 bytes."""
+def test_misaligned_memory_equals_the_reference(program, tmp_path, dtype) -> None:
+    """Each of the five tensors in turn is misaligned; state elements have 2, 4 or 8 bytes."""
     offsets = [[0] * 5] + [[8 * (i == role) for i in range(5)] for role in range(5)]
     options = {"ema_decay": 0.9} | NESTEROV
     for precision in PRECISIONS.values():
@@ -100,8 +124,8 @@ def test_memory_that_is_not_aligned(program, tmp_path, dtype) -> None:
 # -------------------------------------------------------------------------------------------- draws
 
 
-def test_the_random_numbers_go_on_with_step_and_place(program, tmp_path) -> None:
-    """Of later groups and far along in a training."""
+def test_random_numbers_depend_on_step_and_place(program, tmp_path) -> None:
+    """In a later group and far into a training."""
     case = Case(
         [{"params": params((64, 5), dtype), "stochastic_rounding": True, "seed": seed} | NESTEROV
          for seed, dtype in enumerate(HALF_TYPES)],
@@ -117,7 +141,7 @@ def test_the_random_numbers_go_on_with_step_and_place(program, tmp_path) -> None
 
 
 def nonfinite(case: Case, place: int, value: float) -> list[torch.Tensor]:
-    """Gradients of which one element is not finite."""
+    """Gradients with one element that is not finite."""
     grads = case.some_grads()
     grads[place][-1] = value
     return grads
@@ -146,7 +170,7 @@ def with_skipped_steps() -> Case:
     return case
 
 
-def test_a_skipped_step_changes_nothing_but_their_number(program, tmp_path) -> None:
+def test_skipped_step_changes_only_their_count(program, tmp_path) -> None:
     case = with_skipped_steps()
     assert [group["skipped_steps"] for group in case.optimizer.param_groups] == [4, 4, 4]
     assert case.difference(program, tmp_path) == ""
@@ -180,7 +204,7 @@ def test_equal_averages_are_taken_at_the_ends_of_cycles(program, tmp_path) -> No
     assert case.difference(program, tmp_path) == ""
 
 
-def test_an_average_or_master_copy_joins_later(program, tmp_path) -> None:
+def test_average_or_master_copy_may_join_later(program, tmp_path) -> None:
     case = Case([{"params": params((9, 70), dtype, 2)} | NESTEROV | {"ema_decay": 0.9}
                  for dtype in (torch.float32, torch.bfloat16)])  # fmt: skip
     grads = case.some_grads()
@@ -209,7 +233,7 @@ def test_more_tensors_with_extras_than_one_launch_takes(program, tmp_path) -> No
     ids=["plain", "with extras"],
 )
 @pytest.mark.parametrize("more", [0, 1])
-def test_so_many_tensors_fit_into_one_launch(program, tmp_path, options, fit, more) -> None:
+def test_number_of_tensors_that_fit_into_one_launch(program, tmp_path, options, fit, more) -> None:
     case = Case([{"params": params((1,) * (fit + more)), "momentum": 0.9} | options])
     case.steps(1)
     assert case.difference(program, tmp_path) == ""
@@ -220,14 +244,14 @@ def test_so_many_tensors_fit_into_one_launch(program, tmp_path, options, fit, mo
 
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
-def test_the_norm_of_no_gradients_and_of_zeros(program, tmp_path, skip_nonfinite) -> None:
+def test_norm_of_no_gradients_and_of_zeros(program, tmp_path, skip_nonfinite) -> None:
     case = Case([{"params": params((5, 7))}], clipping=Clipping(1.0, skip_nonfinite))
     case.step([None, None])
     case.step([torch.zeros(5), None])
     assert case.difference(program, tmp_path) == ""
 
 
-def test_float64_gradients_whose_squares_overflow(program, tmp_path) -> None:
+def test_overflowing_squares_of_float64_gradients(program, tmp_path) -> None:
     """The norm is infinite though no gradient is: clipped to nothing, or skipped."""
     for skip_nonfinite in (False, True):
         case = Case([{"params": params((5,), torch.float64)}],

@@ -1,10 +1,14 @@
-"""What nvcc makes of the kernels, for every architecture that setup.py builds for."""
+"""The machine code of the kernels, for every architecture that setup.py builds for.
+
+make test looks at one of them, make test-all at each.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,25 +23,37 @@ LOOPS_OF_A_TYPE = 2 * 2 * 3
 TYPES = 7
 # Registers that a thread of each may have: 65536 shared by the threads that are to run at once.
 MOST_REGISTERS = {"step": 65536 // (4 * 256), "step with extras": 128, "norm": 64}
-ARCHITECTURES = machine_code.architectures()
+IN_MAKE_TEST = "90"
+ARCHITECTURES = [
+    pytest.param(name, marks=() if name == IN_MAKE_TEST else pytest.mark.exhaustive)
+    for name in machine_code.architectures()
+]
 
 
 def require(missing: str) -> None:
-    """Skips the test where a tool is missing; in CI that is a failure."""
+    """Skips the test if a tool is missing; in CI that is a failure."""
     if missing and os.environ.get("CI") == "true":
         pytest.fail(missing)
     if missing:
         pytest.skip(missing)
 
 
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request) -> str:
+    """Such as "80"."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def all_kernels() -> dict[str, dict[str, Kernel]]:
-    """By name and architecture."""
+def kernels(architecture) -> dict[str, Kernel]:
+    """All kernels of an architecture, by name."""
     require(machine_code.missing_tool())
-    return {
-        name: dict(zip(ARCHITECTURES, machine_code.compiled(ARCHITECTURES, name), strict=True))
-        for name in SOURCES
-    }
+
+    def compiled(name: str) -> Kernel:
+        return machine_code.compiled([architecture], name)[0]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(SOURCES, pool.map(compiled, SOURCES), strict=True))
 
 
 @pytest.fixture(params=SOURCES)
@@ -45,16 +61,16 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def kernel(all_kernels, name, request) -> Kernel:
-    """Each kernel for each architecture."""
-    return all_kernels[name][request.param]
+@pytest.fixture
+def kernel(kernels, name) -> Kernel:
+    """Each kernel."""
+    return kernels[name]
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def step_code(all_kernels, request) -> MachineCode:
-    """The plain step's."""
-    return all_kernels["step"][request.param].code
+@pytest.fixture
+def step_code(kernels) -> MachineCode:
+    """The machine code of the step without extras."""
+    return kernels["step"].code
 
 
 def vector_loops(code: MachineCode) -> list[Loop]:
@@ -77,9 +93,8 @@ def test_arguments_end_where_every_instruction_reaches_them(kernel) -> None:
     assert 0 < kernel.code.constant_bytes <= disassembly.IMMEDIATE_END
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_arguments_begin_no_later_than_launch_h_says(architecture) -> None:
-    """Its bound of their size is the end less this."""
+    """The bound of their size is computed from this."""
     require(machine_code.missing_tool())
     texts = [path.read_text() for path in (machine_code.REPOSITORY / "csrc/cuda").glob("*.h")]
     begins = re.findall(r"kMaxArgsBegin = (0x\w+);", "".join(texts))
@@ -89,7 +104,7 @@ def test_arguments_begin_no_later_than_launch_h_says(architecture) -> None:
     assert found <= int(begins[0], 16)
 
 
-def test_kernel_spills_no_register(kernel, name) -> None:
+def test_kernel_spills_no_registers(kernel, name) -> None:
     assert kernel.spilled_bytes == kernel.stack_bytes == 0
     assert kernel.registers <= MOST_REGISTERS[name]
 
@@ -101,8 +116,8 @@ def test_ticket_is_drawn_between_two_fences(kernel) -> None:
     assert all("GPU" in parts for parts in drawn)
 
 
-def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, name) -> None:
-    """That cache does not see the writes. The cosine's table, read by 16 bytes, is constant."""
+def test_read_only_cache_is_not_used_for_what_a_launch_writes(kernel, name) -> None:
+    """That cache does not see writes. Only the cosine's constant table is read by 16 bytes."""
     incoherent = [i for i in kernel.code.accesses(("LDG",)) if "CONSTANT" in i.parts]
     assert all(i.access_bytes == 16 for i in incoherent)
     assert bool(incoherent) == (name != "norm")
@@ -111,14 +126,15 @@ def test_what_a_launch_writes_is_not_read_through_the_read_only_cache(kernel, na
 # -------------------------------------------------------------------------------- the element loops
 
 
-def test_published_results_are_of_this_code(all_kernels) -> None:
+def test_published_results_match_this_code(kernel, name) -> None:
     """benchmarks/results/machine_code.json, but for what another nvcc may count otherwise."""
-    published = json.loads(machine_code.RESULT.read_text())
-    kernels = [(name, kernel) for name in SOURCES for kernel in all_kernels[name].values()]
-    for row, (name, kernel) in zip(published, kernels, strict=True):
-        found = machine_code.row_of(name, kernel)
-        for key in ("kernel", "architecture", "spilled_bytes", "constant_bytes", "faults"):
-            assert row[key] == found[key], (name, kernel.architecture, key)
+    found = machine_code.row_of(name, kernel)
+    keys = ("kernel", "architecture", "spilled_bytes", "constant_bytes", "faults")
+    published = [
+        {key: row[key] for key in keys} for row in json.loads(machine_code.RESULT.read_text())
+    ]
+    assert published.count({key: found[key] for key in keys}) == 1
+    assert len(published) == len(SOURCES) * len(ARCHITECTURES)
 
 
 def test_every_load_and_store_of_a_vector_loop_has_16_bytes(step_code) -> None:
@@ -131,13 +147,12 @@ def test_every_load_and_store_of_a_vector_loop_has_16_bytes(step_code) -> None:
 def test_only_float64_is_computed_in_double(step_code) -> None:
     with_double = [loop for loop in vector_loops(step_code) if loop.count(*DOUBLE)]
     assert len(with_double) == LOOPS_OF_A_TYPE
-    # Where there is grad_scale, the division takes a look at the exponents.
+    # With grad_scale, the division inspects the exponents.
     assert all(loop.count("FFMA", "FMUL") <= 2 for loop in with_double)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_extras_only_float64_is_computed_in_double(all_kernels, architecture) -> None:
-    loops = vector_loops(all_kernels["step with extras"][architecture].code)
+def test_with_extras_only_float64_is_computed_in_double(kernels) -> None:
+    loops = vector_loops(kernels["step with extras"].code)
     assert len(loops) == TYPES
     assert sum(loop.count("DFMA") > 0 for loop in loops) == 1
 
@@ -161,7 +176,7 @@ def test_half_types_move_10_bytes_an_element(step_code, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_denormal_numbers_are_kept_and_rounding_is_to_nearest(step_code, dtype) -> None:
-    """A compiler's fast mathematics would change the bits on a GPU alone."""
+    """Fast-math flags would change the bits on a GPU only."""
     arithmetic = [
         opcode.split(".")
         for opcode in step_code.usual_loop(dtype).instructions
@@ -175,7 +190,7 @@ def test_denormal_numbers_are_kept_and_rounding_is_to_nearest(step_code, dtype) 
 
 
 def test_built_extension_has_no_faulty_access() -> None:
-    """The very machine code that a GPU is given, for every architecture it was built for."""
+    """The machine code that a GPU runs, for every architecture it was built for."""
     if native.extension is None or not native.extension.has_cuda:
         pytest.skip("the extension is built without its CUDA backend")
     for name in ("cuobjdump", "nvdisasm"):
@@ -212,9 +227,7 @@ __global__ void kernel(const __grid_constant__ Args args) {{
         ("80", 25968, False),
     ],
 )
-def test_constants_beyond_the_reach_of_an_immediate_are_found(
-    architecture, n_bytes, is_faulty
-) -> None:
+def test_constant_beyond_an_immediates_reach_is_found(architecture, n_bytes, is_faulty) -> None:
     require(machine_code.missing_tool())
     code = machine_code.compiled_source(architecture, GROUPS_AT_THE_END.format(n_bytes)).code
     assert bool(code.faults["misplaced constant"]) == is_faulty
@@ -260,7 +273,7 @@ def test_every_kind_of_faulty_access_is_found(fault, text) -> None:
     assert found == {fault: [text]}
 
 
-def test_text_that_is_no_disassembly_is_an_error() -> None:
+def test_text_other_than_a_disassembly_is_an_error() -> None:
     with pytest.raises(ValueError, match="not the disassembly"):
         disassembly.read("nvdisasm fatal   : bad file")
     assert disassembly.tool("no such tool") is None

@@ -12,7 +12,7 @@ TESTS = REPOSITORY / "tests"
 
 
 def _names() -> tuple[list[str], list[str]]:
-    """The scenarios' names, and of those that need no graph. This Python's torch may be another."""
+    """The names of all scenarios, and of those without a graph. Parsed: torch may differ here."""
     tree = ast.parse((TESTS / "cuda_scenarios.py").read_text())
     names = [
         node.name
@@ -25,7 +25,7 @@ def _names() -> tuple[list[str], list[str]]:
 
 ALL, NO_GRAPH = _names()
 
-# As pytest runs them on a GPU: a warning is an error, and what a scenario switches on goes off.
+# As pytest runs them on a GPU: a warning is an error, and no scenario leaves a mode on.
 RUN_SCENARIOS = """
 import sys, traceback, warnings
 import torch
@@ -43,7 +43,7 @@ for name in sys.argv[1:]:
 
 
 def options(**more: Any) -> dict[str, Any]:
-    """How scripts are run that use FusedSGDR's CUDA backend."""
+    """Options of run() for scripts that use FusedSGDR's CUDA backend."""
     require_cuda_torch()
     return {
         "kernels": [host_kernels(FOLDER / "step_host_kernels.cpp")],
@@ -67,19 +67,20 @@ def errors() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_gpu_does_what_the_cpu_does(errors: dict[str, str], name: str) -> None:
+def test_gpu_equals_the_cpu(errors: dict[str, str], name: str) -> None:
     assert errors[name] == ""
 
 
 @pytest.fixture(scope="module")
 def errors_guarded() -> dict[str, str]:
-    # In reverse order, so that another scenario meets what torch warns of only once.
+    # In reverse order, so that another scenario gets the warnings that torch gives once.
     names = [name for name in reversed(NO_GRAPH) if name != "two_thousand_tensors"]
     return report(RUN_SCENARIOS, *names, **options(guard=True, seed=2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in NO_GRAPH if name != "two_thousand_tensors"])
-def test_no_access_out_of_bounds(errors_guarded: dict[str, str], name: str) -> None:
+def test_scenario_stays_within_bounds(errors_guarded: dict[str, str], name: str) -> None:
     assert errors_guarded[name] == ""
 
 
@@ -89,16 +90,19 @@ def errors_deferred() -> dict[str, str]:
     return report(RUN_SCENARIOS, *names, **options(deferred=True, seed=3))
 
 
-def test_the_device_may_be_far_behind_the_host(errors_deferred: dict[str, str]) -> None:
+@pytest.mark.exhaustive
+def test_device_may_lag_far_behind_the_host(errors_deferred: dict[str, str]) -> None:
     assert set(errors_deferred.values()) == {""}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["graph_of_what_it_cannot_repeat", "eager"])
 def test_scenario_passes_as_the_first_of_its_process(name: str) -> None:
-    """Each meets a warning that torch gives once."""
+    """Each of them gets a warning that torch gives once."""
     assert report(RUN_SCENARIOS, name, **options()) == {name: ""}
 
 
+@pytest.mark.exhaustive
 def test_failing_scenario_leaves_nothing_switched_on() -> None:
     found = report(
         """
@@ -123,17 +127,17 @@ log.report(by_torch=failure(torch.Tensor.item),
     assert found == {"by_torch": ["RuntimeError", 0], "by_another": ["AssertionError", 0]}
 
 
-def test_each_of_two_devices_has_a_launch_of_its_own() -> None:
+def test_each_of_two_devices_has_its_own_launch() -> None:
     assert report(RUN_SCENARIOS, "two_devices", **options(devices=2)) == {"two_devices": ""}
 
 
-def test_launches() -> None:
+def test_number_of_launches_and_runtime_calls() -> None:
     found = report(
         """
 import torch, runtime_log as log
 from sgdr_fused import FusedSGDR
 
-# What costs next to nothing, and waits for nothing.
+# Cheap queries that do not synchronize.
 QUERIES = ("cudaDeviceGetAttribute", "cudaGetDevice", "cudaSetDevice", "cudaStreamIsCapturing",
            "cudaStreamGetCaptureInfo", "cudaGetLastError", "cudaPeekAtLastError")
 

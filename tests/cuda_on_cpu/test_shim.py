@@ -1,4 +1,4 @@
-"""That cuda_shim.h runs kernels as CUDA defines them, and that each planted bug is caught."""
+"""cuda_shim.h runs kernels as CUDA defines it, and each planted bug is caught."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 from fake_cuda import FOLDER, shim_program
+
+pytestmark = pytest.mark.exhaustive
 
 PLAIN = ""
 ADDRESS = "address,undefined"
@@ -22,14 +24,14 @@ def run_toy(sanitize: str, bug: str, *, seeds: int = 10) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("sanitize", [PLAIN, ADDRESS, THREAD])
-def test_the_shim_does_what_cuda_defines(sanitize: str) -> None:
+def test_shim_does_what_cuda_defines(sanitize: str) -> None:
     program = shim_program(FOLDER / "shim_check.cpp", sanitize=sanitize)
     ran = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("sanitize", [PLAIN, ADDRESS, THREAD])
-def test_a_right_kernel_passes_in_every_order_and_under_every_sanitizer(sanitize: str) -> None:
+def test_right_kernel_passes_in_every_order_and_under_every_sanitizer(sanitize: str) -> None:
     ran = run_toy(sanitize, "None")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout == "0 of 10 seeds gave a wrong result\n"
@@ -53,7 +55,7 @@ def test_a_right_kernel_passes_in_every_order_and_under_every_sanitizer(sanitize
         (PLAIN, "BarrierAfterReturn", "that some threads never reach"),
     ],
 )
-def test_a_planted_bug_is_caught(sanitize: str, bug: str, said: str) -> None:
+def test_planted_bug_is_caught(sanitize: str, bug: str, said: str) -> None:
     ran = run_toy(sanitize, bug)
     assert ran.returncode != 0
     assert re.search(said, ran.stdout + ran.stderr), ran.stdout + ran.stderr

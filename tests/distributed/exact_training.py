@@ -1,9 +1,9 @@
 """A training whose gradients are exact, so that no order of summation changes a bit.
 
-Several processes add gradients up in another order than one does. Here every number that is added
+Several processes add gradients in another order than one does. Here every number that is added
 is a multiple of 2^-15 below 2^8, which float32 holds exactly: inputs and targets are small
 integers, weights are rounded to multiples of 1/32 on their way into the forward pass, and the loss
-is linear in the output. What the optimizer makes of the gradients takes all bits of a float32.
+is linear in the output. The optimizer's results use all bits of a float32.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _coarse(weight):
 
 
 def network():
-    """The model, always with the same weights; on four ranks its last bias leaves one none."""
+    """The model, always with the same weights; of its last bias, one of four ranks gets nothing."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(CoarseLinear(INPUTS, HIDDEN), nn.ReLU(), CoarseLinear(HIDDEN, OUTPUTS))
     with torch.no_grad():
@@ -41,7 +41,7 @@ def network():
 
 
 def loss_of(model, step, rank=0, part=0):
-    """The loss on the batch of a step, a rank and a part of an accumulated batch."""
+    """The loss on one rank's batch of a step, or on a part of it."""
     generator = torch.Generator().manual_seed(step * 1000 + rank * 10 + part)
     input = torch.randint(-3, 4, (BATCH, INPUTS), generator=generator).float()
     target = torch.randint(0, 2, (BATCH, OUTPUTS), generator=generator).float() * 2 - 1
@@ -49,7 +49,7 @@ def loss_of(model, step, rank=0, part=0):
 
 
 def fused(model, **options):
-    """Our optimizer of a model."""
+    """Our optimizer for a model."""
     return FusedSGDR(model.parameters(), **OPTIONS | SCHEDULE | options)
 
 
@@ -87,14 +87,14 @@ class SingleProcess:
         self.steps += 1
 
     def assert_same(self, model, where=""):
-        """A model, sharded or not, has the same weights to the bit."""
+        """Asserts that a model, sharded or not, has the same weights, bit for bit."""
         for (name, whole), param in zip(
             self.model.named_parameters(), model.parameters(), strict=True
         ):
             assert same_bits(whole_tensor(param), whole.detach()), f"{name} {where}"
 
     def assert_same_state(self, optimizer, where=""):
-        """An optimizer of ours has the same state, in shards as its parameters, and schedule."""
+        """Asserts that an optimizer has the same schedule, and state sharded as its parameters."""
         ours, singles = (
             [p for g in o.param_groups for p in g["params"]] for o in (optimizer, self.optimizer)
         )
@@ -118,6 +118,6 @@ class SingleProcess:
 
 
 def whole_tensor(tensor):
-    """All of a tensor, of which each rank has a shard or the whole."""
+    """The full tensor, if it is sharded."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

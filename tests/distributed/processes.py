@@ -12,7 +12,7 @@ import traceback
 import warnings
 from multiprocessing.connection import wait
 
-# The libraries' own, which a test of ours can do nothing about.
+# Warnings of libraries, which our tests cannot avoid.
 LIBRARIES_OWN_WARNINGS = [
     # The import of torch.distributed.optim
     ("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning),
@@ -80,7 +80,7 @@ class Ranks:
         return [results[rank] for rank in range(world_size)]
 
     def kill(self):
-        """Ends the processes, whatever they do."""
+        """Kills the processes."""
         for worker in self._workers:
             worker.process.kill()
             worker.process.join()
@@ -97,7 +97,7 @@ class _Worker:
         theirs.close()
 
     def receive(self):
-        """Whether it failed, and what it has to say."""
+        """Whether the function failed, and its traceback or result."""
         try:
             return self.connection.recv()
         except EOFError:

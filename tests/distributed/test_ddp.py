@@ -26,7 +26,7 @@ def train(backend, parts, as_views):
 
 @pytest.mark.parametrize("as_views", [False, True], ids=["own_grads", "grads_are_bucket_views"])
 @pytest.mark.parametrize("parts", [1, 2], ids=["each_batch", "accumulated"])
-def test_training_is_that_of_one_process(ranks, world_size, backend, parts, as_views):
+def test_training_equals_that_of_one_process(ranks, world_size, backend, parts, as_views):
     ranks(world_size, train, backend, parts, as_views)
 
 
@@ -46,7 +46,7 @@ def overflow_on_the_last_rank():
     return lrs, optimizer.skipped_steps, [p.detach().clone() for p in model.parameters()]
 
 
-def test_overflow_on_one_rank_is_a_step_that_all_skip(ranks):
+def test_overflow_on_one_rank_skips_the_step_on_all(ranks):
     first, *others = ranks(2, overflow_on_the_last_rank)
     lrs, skipped, params = first
     assert skipped == 1

@@ -13,7 +13,7 @@ from sgdr_fused.snapshots import Snapshots
 
 
 def sharded(model, mesh_shape=None):
-    """The model with each layer in shards; over the first dimension of a 2d mesh, copied."""
+    """The model with each layer sharded; replicated over the first dimension of a 2d mesh."""
     names = ("copies", "shards")
     shape = mesh_shape or (1, dist.get_world_size())
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
@@ -39,7 +39,7 @@ def train(backend, parts=1, mesh_shape=None):
         assert optimizer.get_last_lr() == single.optimizer.scheduler.get_last_lr()
 
 
-def test_training_is_that_of_one_process(ranks, world_size, backend):
+def test_training_equals_that_of_one_process(ranks, world_size, backend):
     ranks(world_size, train, backend)
 
 
@@ -48,7 +48,7 @@ def test_accumulated_batches_are_one_step(ranks, backend):
 
 
 def test_copies_of_shards_stay_equal(ranks, backend):
-    """HSDP: in shards within a host, copied from host to host."""
+    """HSDP: sharded within a host, replicated across hosts."""
     ranks(4, train, backend, mesh_shape=(2, 2))
 
 
@@ -64,14 +64,14 @@ def one_step_of_torchs_own():
 
 
 def test_torchs_own_fused_step_has_no_sharding_strategy(ranks):
-    """The pain that `train` above shows to be gone: SGD(fused=True) cannot take a step at all."""
+    """SGD(fused=True) cannot take a step under FSDP2, as ours does in the tests above."""
     for error in ranks(2, one_step_of_torchs_own):
         assert "aten._fused_sgd_.default" in error
         assert "sharding strategy" in error
 
 
 def train_with(options, in_backward=False):
-    """Against our own optimizer in one process, for what the pair has not."""
+    """Compares with our own optimizer in one process, for options that the pair lacks."""
     single = SingleProcess(dist.get_world_size(), 1, lambda model: fused(model, **options))
     model = sharded(network())
     optimizer = fused(model, **options)
@@ -103,7 +103,7 @@ def train_with(options, in_backward=False):
     ],
     ids=str,
 )
-def test_options_that_the_pair_has_not_work_on_shards(ranks, backend, options):
+def test_our_own_options_work_on_shards(ranks, backend, options):
     ranks(2, train_with, options | {"backend": backend})
 
 
@@ -112,7 +112,7 @@ def test_step_in_backward_updates_shards(ranks, backend):
 
 
 def train_in_bfloat16():
-    """The gradients are rounded, so one process gets those that the ranks had."""
+    """Gradients are rounded, so the single process gets the ranks' gradients."""
     model, single = sharded(network().bfloat16()), network().bfloat16()
     options = {"master_weights": True, "ema_decay": 0.9}
     optimizer, alone = fused(model, **options), fused(single, **options)

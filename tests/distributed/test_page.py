@@ -1,4 +1,4 @@
-"""The page on several processes: its scripts are started by torchrun."""
+"""docs/distributed.md: torchrun starts its scripts."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pages
-import pytest
 from exact_training import SCHEDULE
 
 from sgdr_fused import CosineWarmRestarts
@@ -16,13 +15,13 @@ SCRIPTS = [block.text for block in pages.blocks(PAGE) if block.language == "pyth
 LR = CosineWarmRestarts(lr=0.1, T_0=SCHEDULE["T_0"], T_mult=SCHEDULE["T_mult"])
 
 
-# From torch's own threads at the end of a process, now and then on a busy machine; a script with
-# torch.optim.SGD does it too.
+# torch's own threads sometimes abort at the end of a process on a busy machine, with
+# torch.optim.SGD too.
 ABORTS_AT_EXIT = "terminate called without an active exception"
 
 
 def torchrun(script, folder, ranks, attempts=4):
-    """What rank 0 prints; the script's files are in the folder afterwards."""
+    """Runs a script on ranks; returns rank 0's output and copies the files to the folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     for attempt in range(attempts):
         working = folder.with_name(f"{folder.name}_{ranks}_ranks_{attempt}")
@@ -44,16 +43,14 @@ def torchrun(script, folder, ranks, attempts=4):
 
 
 def expected(step):
-    """The line in which a script says where it is."""
+    """The line that a script prints at its end."""
     return f"step {step}, lr {LR.lr_at(step)}\n"
 
 
-@pytest.mark.slow
 def test_ddp_script_runs(tmp_path):
     assert torchrun(SCRIPTS[0], tmp_path, 2) == expected(12)
 
 
-@pytest.mark.slow
-def test_fsdp2_script_goes_on_where_its_checkpoint_is_on_any_number_of_ranks(tmp_path):
-    for ranks, step in ((2, 5), (1, 10), (4, 15)):
+def test_fsdp2_script_continues_from_its_checkpoint_on_another_number_of_ranks(tmp_path):
+    for ranks, step in ((2, 5), (1, 10)):
         assert torchrun(SCRIPTS[1], tmp_path, ranks) == expected(step)

@@ -1,4 +1,4 @@
-"""State and gradients that are placed otherwise than their parameter."""
+"""State and gradients whose placements differ from their parameter's."""
 
 import copy
 
@@ -55,7 +55,7 @@ def load_misplaced_state(backend):
         optimizer.step()
 
 
-def test_loaded_state_is_put_where_its_parameter_is(ranks, backend):
+def test_loaded_state_is_placed_like_its_parameter(ranks, backend):
     ranks(2, load_misplaced_state, backend)
 
 
@@ -71,5 +71,5 @@ def step_with_grad(backend, *placements):
 
 
 @pytest.mark.parametrize("placement", [Replicate(), Shard(1)], ids=str)
-def test_gradient_that_is_placed_otherwise_is_redistributed(ranks, backend, placement):
+def test_gradient_with_other_placements_is_redistributed(ranks, backend, placement):
     ranks(2, step_with_grad, backend, placement)

@@ -1,4 +1,4 @@
-"""The harness itself: what is seen of a rank that fails."""
+"""The harness itself: it reports ranks that fail, die or hang."""
 
 import os
 import time
@@ -30,7 +30,8 @@ def hangs():
     time.sleep(1000)
 
 
-def test_ranks_answer_fail_die_and_hang(tmp_path):
+@pytest.mark.exhaustive
+def test_ranks_that_fail_die_or_hang_are_reported(tmp_path):
     ranks = Ranks(timeout=60)
     try:
         assert ranks.run(2, tmp_path, sum_of_ranks, 10) == [21, 21]

@@ -31,9 +31,9 @@ def train(backend, copies=1):
         single.assert_same(model, f"at step {step}")
 
 
-def test_training_is_that_of_one_process(ranks, world_size, backend):
+def test_training_equals_that_of_one_process(ranks, world_size, backend):
     ranks(world_size, train, backend)
 
 
-def test_training_in_two_dimensions_is_that_of_one_process(ranks, backend):
+def test_training_in_two_dimensions_equals_that_of_one_process(ranks, backend):
     ranks(4, train, backend, copies=2)

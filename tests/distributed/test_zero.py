@@ -36,7 +36,7 @@ def train(backend):
     Run(backend).train(STEPS)
 
 
-def test_training_is_that_of_one_process(ranks, world_size, backend):
+def test_training_equals_that_of_one_process(ranks, world_size, backend):
     ranks(world_size, train, backend)
 
 

@@ -19,7 +19,7 @@ accelerate = pytest.importorskip("accelerate")
 
 
 class Run:
-    """A training as Accelerate's own examples write it.
+    """A training as in Accelerate's own examples.
 
     Args:
         with_view: Hand a scheduler to Accelerate, and step it.
@@ -36,7 +36,7 @@ class Run:
         )
 
     def train(self, batches):
-        """Takes so many batches and returns the LR that was shown at each."""
+        """Trains on a number of batches and returns the LR shown at each."""
         shown = []
         while True:
             for images, labels in self.loader:
@@ -56,18 +56,18 @@ def with_view(request):
     return request.param
 
 
-def test_accelerate_trains_as_a_bare_loop_does(with_view):
+def test_accelerate_equals_a_bare_loop(with_view):
     run = Run(with_view)
     assert run.train(3 * BATCHES) == lrs(0, 3 * BATCHES)
     assert same_bits(run.model, trained(epochs=3))
 
 
-def test_view_that_accelerate_does_not_tie_to_the_optimizer_changes_nothing():
+def test_view_stepped_apart_from_the_optimizer_changes_nothing():
     run = Run(with_view=True, step_scheduler_with_optimizer=False)
     assert run.train(2 * BATCHES) == lrs(0, 2 * BATCHES)
 
 
-def test_loaded_state_continues_the_uninterrupted_run(with_view, tmp_path):
+def test_training_resumed_from_saved_state_equals_the_uninterrupted_one(with_view, tmp_path):
     first = Run(with_view)
     first.train(BATCHES)
     first.accelerator.save_state(tmp_path)
@@ -98,13 +98,13 @@ def test_skipped_step_under_accelerates_scaler_leaves_the_schedule():
         assert optimizer.get_last_lr() == lr
 
 
-def test_view_of_an_accelerated_optimizer_is_the_optimizers():
+def test_view_of_an_accelerated_optimizer_unwraps_it():
     run = Run(with_view=False)
     assert as_scheduler(run.optimizer).optimizer is run.optimizer.optimizer
 
 
-def test_several_processes_do_not_hurry_the_schedule(monkeypatch):
-    """Accelerate steps a scheduler once for each process: that of the pair runs away."""
+def test_several_processes_do_not_speed_up_the_schedule(monkeypatch):
+    """Accelerate steps a scheduler once per process: the pair's runs ahead."""
     ours = Run(with_view=True)
     sgd = torch.optim.SGD(network().parameters(), **SGD_OPTIONS)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(sgd, **SCHEDULE)

@@ -10,7 +10,7 @@ from sgdr_fused.trainers import SchedulerView, as_scheduler
 
 @pytest.fixture
 def optimizer():
-    """Of two groups, with gradients."""
+    """An optimizer of two groups, with gradients."""
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -34,7 +34,7 @@ def test_view_changes_neither_lr_nor_schedule(optimizer):
 
 
 def test_view_keeps_the_lr_of_the_last_step_until_it_is_stepped(optimizer):
-    """As a torch scheduler does, so that a trainer logs the same numbers."""
+    """A torch scheduler does the same, so a trainer logs the same numbers."""
     view = as_scheduler(optimizer)
     optimizer.step()
     assert view.get_last_lr() == [0.1, 0.01]
@@ -44,7 +44,7 @@ def test_view_keeps_the_lr_of_the_last_step_until_it_is_stepped(optimizer):
     assert view.last_epoch == 1
 
 
-def test_views_state_is_plain_and_survives_a_checkpoint(optimizer, tmp_path):
+def test_state_of_the_view_is_plain_and_saved_in_a_checkpoint(optimizer, tmp_path):
     view = as_scheduler(optimizer)
     optimizer.step()
     torch.save(view.state_dict(), tmp_path / "scheduler.pt")
@@ -53,7 +53,7 @@ def test_views_state_is_plain_and_survives_a_checkpoint(optimizer, tmp_path):
     assert view.get_last_lr() == [0.1, 0.01]
 
 
-def test_view_takes_the_state_of_the_torch_scheduler_before_it(optimizer):
+def test_view_loads_the_state_of_a_torch_scheduler(optimizer):
     sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(sgd, 7)
     view = as_scheduler(optimizer)
@@ -61,8 +61,8 @@ def test_view_takes_the_state_of_the_torch_scheduler_before_it(optimizer):
     assert view.get_last_lr() == [0.1]
 
 
-def test_view_copies_an_lr_that_is_a_tensor(optimizer):
-    """On a GPU the kernel overwrites it."""
+def test_view_copies_a_tensor_lr(optimizer):
+    """On a GPU the kernel overwrites that tensor."""
     optimizer.param_groups[0]["lr"] = lr = torch.tensor(0.25)
     view = as_scheduler(optimizer)
     lr.fill_(0.5)
@@ -83,7 +83,7 @@ def test_view_of_another_optimizer_is_refused():
         as_scheduler(sgd)
 
 
-def test_torch_scheduler_is_refused_with_a_word_on_the_view(optimizer):
+def test_error_for_a_torch_scheduler_points_to_the_view(optimizer):
     with pytest.raises(TypeError, match="as_scheduler"):
         torch.optim.lr_scheduler.StepLR(optimizer, 3)
 

@@ -66,7 +66,7 @@ def test_trainer_logs_the_lr_of_each_step(tmp_path):
     assert logged(runner, "learning_rate") == lrs(0, STEPS)
 
 
-def test_trainer_trains_and_logs_as_with_the_pair(tmp_path):
+def test_trainer_equals_the_pair_in_weights_and_logs(tmp_path):
     runs = []
     for optimizers in (fused_with_view, pair):
         runs.append(trainer(tmp_path, optimizers))
@@ -76,8 +76,8 @@ def test_trainer_trains_and_logs_as_with_the_pair(tmp_path):
     assert same_bits(runs[0].model, runs[1].model)
 
 
-def test_training_resumed_from_a_checkpoint_is_the_uninterrupted_one(tmp_path):
-    """Amid an epoch, amid a cycle, with shuffled batches and dropout."""
+def test_training_resumed_from_a_checkpoint_equals_the_uninterrupted_one(tmp_path):
+    """Resumed within an epoch and a cycle, with shuffled batches and dropout."""
     whole = trainer(tmp_path, fused_with_view, save_strategy="steps", save_steps=13)
     whole.train()
     resumed = trainer(tmp_path, fused_with_view)
@@ -93,7 +93,7 @@ def test_accumulated_batches_are_one_step_of_the_schedule(tmp_path):
     assert logged(runner, "learning_rate") == lrs(0, 10)
 
 
-def test_trainer_that_makes_its_optimizer_late_takes_the_view_too(tmp_path):
+def test_view_works_if_the_trainer_makes_its_optimizer_late(tmp_path):
     class LateTrainer(transformers.Trainer):
         def create_optimizer_and_scheduler(self, num_training_steps):
             self.optimizer, self.lr_scheduler = fused_with_view(self.model)
@@ -111,8 +111,8 @@ def test_trainer_that_makes_its_optimizer_late_takes_the_view_too(tmp_path):
     assert logged(runner, "learning_rate") == lrs(0, STEPS)
 
 
-def test_trainer_without_the_view_has_its_own_way_with_the_lr(tmp_path):
-    """It makes a linear schedule and writes the LR at each step, as anybody may."""
+def test_trainer_without_the_view_overrides_the_lr(tmp_path):
+    """Without the view, the trainer makes a linear schedule and sets the LR at each step."""
     runner = trainer(tmp_path, lambda model: (fused(model), None))
     runner.train()
     linear = [SGD_OPTIONS["lr"] * (1 - step / STEPS) for step in range(STEPS)]

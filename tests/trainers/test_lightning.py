@@ -11,7 +11,7 @@ plugins = pytest.importorskip("lightning.pytorch.plugins")
 
 
 class Digits(L.LightningModule):
-    """Nothing but the network and the optimizer."""
+    """A module with only a network and an optimizer."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ def module(request):
 
 
 def trainer(folder, epochs=3, **options):
-    """Runs on the CPU and prints nothing."""
+    """A trainer that runs on the CPU and prints nothing."""
     return L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -50,7 +50,7 @@ def trainer(folder, epochs=3, **options):
     )
 
 
-def test_lightning_trains_as_a_bare_loop_does(tmp_path, module):
+def test_lightning_equals_a_bare_loop(tmp_path, module):
     trainer(tmp_path).fit(module, loader())
     assert same_bits(module.network, trained(epochs=3))
 
@@ -62,7 +62,7 @@ def test_learning_rate_monitor_sees_the_lr_of_each_step(tmp_path, module):
     assert monitor.last_momentum_values == {"lr-FusedSGDR-momentum": 0.9}
 
 
-def test_fit_resumed_from_a_checkpoint_is_the_uninterrupted_one(tmp_path, module):
+def test_fit_resumed_from_a_checkpoint_equals_the_uninterrupted_one(tmp_path, module):
     def run(module, checkpoint=None):
         monitor = callbacks.LearningRateMonitor("step")
         keep = callbacks.ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", save_top_k=-1)
@@ -106,7 +106,7 @@ def test_skipped_step_under_lightnings_scaler_leaves_the_schedule(tmp_path):
 
 
 def test_lightning_does_not_clip_what_the_scaler_has_not_unscaled(tmp_path):
-    """As with SGD(fused=True)."""
+    """SGD(fused=True) raises the same error."""
     precision = plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     runner = trainer(tmp_path, epochs=1, plugins=[precision], gradient_clip_val=1.0)
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):

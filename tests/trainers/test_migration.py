@@ -1,4 +1,4 @@
-"""docs/migration.md: what stands before and after does the same, and the tables say the truth."""
+"""docs/migration.md: the code before and after does the same, and the tables are right."""
 
 import math
 import re
@@ -28,7 +28,7 @@ def _keras_on_torch(monkeypatch, tmp_path):
 
 
 def import_or_skip(module):
-    """Its own warnings are no errors."""
+    """Imports a module; its warnings are no errors."""
     with warnings.catch_warnings(action="ignore"):
         return pytest.importorskip(module, exc_type=ImportError)
 
@@ -40,7 +40,7 @@ def blocks_of(section, tmp_path):
 
 
 def run(block):
-    """Runs a block alone; gives its names."""
+    """Runs one block and returns its names."""
     for module in block.needs:
         import_or_skip(module)
     names = pages.prelude()
@@ -50,7 +50,7 @@ def run(block):
 
 @pytest.fixture
 def before_and_after(tmp_path):
-    """Runs a section's two blocks, each with a model and data of its own; gives their names."""
+    """Runs a section's two blocks, each with its own model and data; returns their names."""
 
     def before_and_after(section):
         before, after = blocks_of(section, tmp_path)
@@ -73,7 +73,7 @@ def test_code_after_the_change_runs(section, tmp_path):
     before.code()
 
 
-def test_training_with_the_pair_is_the_same_to_the_bit(before_and_after):
+def test_training_equals_the_pair_bit_for_bit(before_and_after):
     before, after = before_and_after(FROM_TORCH)
     for theirs, ours in zip(before["model"].parameters(), after["model"].parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -81,7 +81,7 @@ def test_training_with_the_pair_is_the_same_to_the_bit(before_and_after):
     assert after["optimizer"].cycle == 2
 
 
-def test_warm_up_is_sequential_lrs(before_and_after):
+def test_warm_up_equals_sequential_lr(before_and_after):
     before, after = before_and_after(WITH_WARMUP)
     schedule = schedule_of(after["optimizer"])
     for step in range(100):
@@ -91,7 +91,7 @@ def test_warm_up_is_sequential_lrs(before_and_after):
         before["scheduler"].step()
 
 
-def test_lrs_are_timms(before_and_after):
+def test_lrs_equal_timm(before_and_after):
     before, after = before_and_after(FROM_TIMM)
     schedule = schedule_of(after["optimizer"])
     for step in range(120):
@@ -120,7 +120,7 @@ def timm_lrs():
     return timm_lrs
 
 
-def test_lrs_are_timms_where_it_counts_epochs(timm_lrs):
+def test_lrs_equal_timm_that_counts_epochs(timm_lrs):
     schedule = CosineWarmRestarts(
         lr=0.1, T_0=5, T_mult=2, steps_per_epoch=7, anneal="epoch", warmup_steps=3 * 7
     )
@@ -140,7 +140,7 @@ def test_timms_warm_up_cuts_into_the_first_cycle_unless_it_is_a_prefix(timm_lrs)
     assert timm_lrs([4], warmup_prefix=True, **options) == [0.1]
 
 
-def test_timms_decay_is_of_the_peak_itself(timm_lrs):
+def test_timm_decays_the_peak_itself(timm_lrs):
     options = {"t_initial": 10, "cycle_limit": 9, "cycle_decay": 0.1, "lr_min": 0.01}
     assert timm_lrs([10, 20], t_in_epochs=False, **options) == pytest.approx([0.01, 0.001])
     schedule = CosineWarmRestarts(lr=0.1, T_0=10, cycle_decay=0.1, eta_min=0.01)
@@ -154,7 +154,7 @@ def test_timms_restart_may_be_a_step_late(timm_lrs):
 
 
 def keras_formula(step, initial_learning_rate, first_decay_steps, t_mul, m_mul, alpha):
-    """As its documentation describes it: the cosine of the fraction of a cycle, from 1 to alpha."""
+    """Keras' formula by its documentation: a cosine over the cycle, from 1 to alpha."""
     cycle, left, length = 0, step, first_decay_steps
     while left >= length:
         cycle, left, length = cycle + 1, left - length, length * t_mul
@@ -162,14 +162,14 @@ def keras_formula(step, initial_learning_rate, first_decay_steps, t_mul, m_mul, 
     return initial_learning_rate * ((1 - alpha) * cosine + alpha)
 
 
-def test_lrs_are_those_of_keras_formula(tmp_path):
+def test_lrs_equal_keras_formula(tmp_path):
     schedule = schedule_of(run(blocks_of(FROM_KERAS, tmp_path)[1])["optimizer"])
     for step in range(310):
         theirs = keras_formula(step, 0.1, 10, 2, 0.8, 0.01)
         assert schedule.lr_at(step) == pytest.approx(theirs, abs=FLOAT64_ROUNDINGS)
 
 
-def test_lrs_are_keras(before_and_after):
+def test_lrs_equal_keras(before_and_after):
     before, after = before_and_after(FROM_KERAS)
     schedule = schedule_of(after["optimizer"])
     for step in range(310):
@@ -178,7 +178,7 @@ def test_lrs_are_keras(before_and_after):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_update_is_keras_with_a_constant_lr(nesterov):
+def test_update_equals_keras_with_a_constant_lr(nesterov):
     keras = import_or_skip("keras")
     options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01}
     with warnings.catch_warnings(action="ignore"):
@@ -196,7 +196,7 @@ def test_update_is_keras_with_a_constant_lr(nesterov):
         torch.testing.assert_close(param.detach(), theirs.value.detach())
 
 
-def test_lrs_are_hugging_faces(before_and_after):
+def test_lrs_equal_hugging_face(before_and_after):
     before, after = before_and_after(FROM_HUGGING_FACE)
     schedule = schedule_of(after["optimizer"])
     for step in range(70):
@@ -207,7 +207,7 @@ def test_lrs_are_hugging_faces(before_and_after):
     assert schedule.lr_at(65) == 0
 
 
-def test_lrs_are_hugging_faces_single_cosines():
+def test_lrs_equal_hugging_faces_single_cosines():
     transformers = import_or_skip("transformers")
     single = {
         0.0: transformers.get_cosine_schedule_with_warmup,
@@ -224,7 +224,7 @@ def test_lrs_are_hugging_faces_single_cosines():
             theirs.step()
 
 
-def test_steps_that_cycles_do_not_divide_are_left_over():
+def test_fit_T_0_leaves_the_remainder_at_eta_min():
     T_0 = fit_T_0(64, n_cycles=3)
     schedule = CosineWarmRestarts(lr=0.1, T_0=T_0, n_cycles=3, eta_min=0.01)
     assert T_0 == 21

@@ -14,7 +14,7 @@ utils = pytest.importorskip("timm.utils", exc_type=ImportError)
 
 
 class Run:
-    """A training as timm's train script writes it, with all that it calls.
+    """A training as in timm's train script, with all that it calls.
 
     Args:
         folder: For checkpoints and the summary.
@@ -64,7 +64,7 @@ def test_timms_summary_has_the_lr(tmp_path):
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
-def test_training_resumed_from_timms_checkpoint_is_the_uninterrupted_one(tmp_path):
+def test_training_resumed_from_timms_checkpoint_equals_the_uninterrupted_one(tmp_path):
     whole = Run(tmp_path)
     whole.train(0, 3)
     resumed = Run(tmp_path)

@@ -1,1 +1,1 @@
-"""Benchmarks of sgdr_fused: ``python -m benchmarks.step``, ``.small_tensors`` and ``.threads``."""
+"""Benchmarks of sgdr_fused; run one with, for example, ``python -m benchmarks.step``."""

@@ -1,7 +1,7 @@
 """Peak memory of a training step: step() after backward() against step_in_backward().
 
-Each way trains the same model in a process of its own, which reports the most memory that was
-resident at a time, less what there was before the first iteration.
+Each way trains the same model in its own process, which reports its peak resident memory minus the
+peak before the first iteration.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def train(way: str, width: int) -> dict[str, int]:
 
     Args:
         way: A key of ``WAYS``.
-        width: Of the layers.
+        width: Width of the layers.
 
     Returns:
-        Bytes of the gradients, and by how many bytes the resident memory rose.
+        ``grad_bytes`` of all gradients, and ``rise_bytes`` of the peak resident memory.
     """
     torch.manual_seed(0)
     layers = (torch.nn.Linear(width, width, bias=False) for _ in range(LAYERS))
@@ -52,8 +52,8 @@ def train(way: str, width: int) -> dict[str, int]:
 
 
 def measure_way(way: str, width: int) -> dict[str, int]:
-    """Runs :func:`train` in a process of its own."""
-    # Large blocks go back to the system when they are freed.
+    """Runs :func:`train` in its own process."""
+    # malloc then returns large blocks to the system when they are freed.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.backward_memory", "--child", way, str(width)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -62,7 +62,7 @@ def measure_way(way: str, width: int) -> dict[str, int]:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Any:
-    """A bar for each way."""
+    """Draws a bar for each way."""
     figure, (ax,) = new_axes(1, 1, height=1.8)
     bars = ax.barh(
         [row["name"] for row in rows],
@@ -85,7 +85,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
-    """Measures both ways, and prints them."""
+    """Measures both ways and prints a table."""
     width = 256 if settings.quick else 1024
     rows = [{"name": name, **measure_way(way, width)} for way, name in WAYS.items()]
     print_table(
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _peak_bytes() -> int:
-    # Not ru_maxrss, which begins with that of the process that started this one.
+    # Not ru_maxrss, which starts at the parent process's value.
     peak = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
     assert peak is not None
     return int(peak[1]) * 1024

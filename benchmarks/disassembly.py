@@ -1,8 +1,8 @@
-"""What stands in a cubin, and whether its accesses to memory can be trusted.
+"""Reads the machine code of a cubin, and checks its memory accesses.
 
-ptxas translates PTX to machine code. What it gets wrong there is in no source that a test compiles,
-so these checks read the machine code itself. They need nvdisasm, and for a built library cuobjdump,
-from PATH or the packages nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump.
+ptxas translates PTX to machine code. No test of the source can find its mistakes, so these checks
+read the machine code. They need nvdisasm, and for a built library cuobjdump, from PATH or from the
+packages nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ __all__ = [
 
 CONVERSIONS = ("HADD2", "F2F", "PRMT", "SHF", "SHL", "IMAD.U32", "IMAD.SHL")
 DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
-# The part of an opcode that tells the size of an access; without one, it is 4 bytes.
+# The part of an opcode that gives the size of an access; without one, it is 4 bytes.
 ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "WIDE": 8, "128": 16, "256": 32}
 GLOBAL = ("LD", "ST", "LDG", "STG", "ATOM", "ATOMG", "RED", "REDG")
 SHARED = ("LDS", "STS", "ATOMS")
 CONSTANT = ("LDC", "LDCU", "ULDC")
 LOCAL = ("LDL", "STL")
-# An immediate of a constant-bank access is below: see kMaxArgsEnd in csrc/cuda/launch.h.
+# The immediate of a constant-bank access must be below this: see kMaxArgsEnd in
+# csrc/cuda/launch.h.
 IMMEDIATE_END = 0x8000
 
 
@@ -47,7 +48,7 @@ class Instruction:
 
     @property
     def opcode(self) -> str:
-        """Without predicate and operands: ``LDC.64``."""
+        """The opcode without predicate and operands: ``LDC.64``."""
         return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
 
     @property
@@ -57,7 +58,7 @@ class Instruction:
 
     @property
     def access_bytes(self) -> int:
-        """How many bytes it reads from memory or a constant bank, or writes there."""
+        """Bytes that it reads from or writes to memory or a constant bank."""
         if re.match("D[A-Z]", self.opcode):  # arithmetic in double
             return 8
         return next((ACCESS_BYTES[part] for part in self.parts if part in ACCESS_BYTES), 4)
@@ -70,33 +71,33 @@ class Instruction:
 
     @property
     def immediate(self) -> int:
-        """The number in the address."""
+        """The immediate in the address, in bytes; 0 without one."""
         return sum(int(number, 16) for number in re.findall(r"-?0x[0-9a-f]+", self.address))
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop, as the number of times that each instruction stands in it."""
+    """An innermost loop, as the number of occurrences of each opcode."""
 
     instructions: Mapping[str, int]
 
     def count(self, *opcodes: str) -> int:
-        """How many instructions begin with one of these."""
+        """Number of instructions whose opcode begins with one of these."""
         return sum(n for name, n in self.instructions.items() if name.startswith(opcodes))
 
     @property
     def size(self) -> int:
-        """How many instructions there are."""
+        """Number of instructions."""
         return sum(self.instructions.values())
 
     @property
     def vector_accesses(self) -> int:
-        """Loads and stores of 16 bytes."""
+        """Number of 16-byte loads and stores."""
         return self.count("LDG.E.128", "STG.E.128")
 
     @property
     def dtype(self) -> str:
-        """The parameter's dtype: "half" stands for all that is converted."""
+        """The parameter's dtype; "half" for any that is converted to float32."""
         if self.count("DFMA"):
             return "float64"
         return "half" if self.count(*CONVERSIONS) else "float32"
@@ -108,11 +109,12 @@ class MachineCode:
 
     Attributes:
         architecture: Such as "80".
-        instructions: Of all functions.
-        loops: The innermost ones.
-        constant_bytes: The size of the largest constant bank of a kernel; the kernel's arguments
-            are the last part of it.
-        shared_alignment: What all kernels' shared memory is aligned to, in bytes; 0: there is none.
+        instructions: The instructions of all functions.
+        loops: The innermost loops.
+        constant_bytes: Size of the largest constant bank of a kernel, which ends with the kernel's
+            arguments.
+        shared_alignment: Alignment of all kernels' shared memory, in bytes; 0 without shared
+            memory.
     """
 
     architecture: str
@@ -132,7 +134,7 @@ class MachineCode:
 
     @property
     def unknown_accesses(self) -> list[Instruction]:
-        """Accesses to memory by an operation, or of a size, that the other checks do not know."""
+        """Memory accesses with an operation or a size that the other checks do not know."""
         known = GLOBAL + SHARED + CONSTANT + LOCAL
 
         def is_unknown(instruction: Instruction) -> bool:
@@ -146,10 +148,10 @@ class MachineCode:
 
     @property
     def misplaced_constants(self) -> list[Instruction]:
-        """Accesses to a constant bank that ptxas may have got wrong.
+        """Constant-bank accesses that ptxas may have misplaced.
 
-        The immediate is negative, or IMMEDIATE_END or more; or there is no register with it, and
-        the access ends behind the kernel's arguments.
+        The immediate is negative, or at least IMMEDIATE_END; or the address has no register, and
+        the access ends after the kernel's arguments.
         """
 
         def is_misplaced(access: Instruction) -> bool:
@@ -163,8 +165,8 @@ class MachineCode:
 
     @property
     def narrow_addresses(self) -> list[Instruction]:
-        """Accesses to global memory whose address is not the sum of 64-bit registers."""
-        # A lone register may do without .64 on 7.5: there the opcode's E says it.
+        """Global memory accesses whose address is not a sum of 64-bit registers."""
+        # On 7.5 a single register needs no .64: there the opcode's E says it.
         optional = "?" if self.architecture == "75" else ""
         wide = re.compile(rf"(U?R\d+(\.64){optional}|R\d+\.64\+UR\d+)(\+-?0x[0-9a-f]+)?")
         return [
@@ -175,8 +177,8 @@ class MachineCode:
 
     @property
     def misaligned_accesses(self) -> list[Instruction]:
-        """Accesses whose immediate is no multiple of their size, or to shared memory that is
-        aligned to less than it.
+        """Accesses whose immediate is not a multiple of their size, and accesses to shared memory
+        wider than its alignment.
         """
         accesses = self.accesses(GLOBAL + SHARED + CONSTANT)
         by_immediate = [access for access in accesses if access.immediate % access.access_bytes]
@@ -185,7 +187,7 @@ class MachineCode:
 
     @property
     def faults(self) -> dict[str, list[Instruction]]:
-        """What no kernel may have, by its name."""
+        """Accesses that no kernel may have, by kind of fault."""
         return {
             "unknown access": self.unknown_accesses,
             "local access": self.local_accesses,
@@ -198,8 +200,8 @@ class MachineCode:
         """The loop with weight decay and Nesterov momentum, without grad_scale or clipping.
 
         Args:
-            dtype: "float32", "float64", "float16" or "bfloat16", for parameter, gradient and
-                buffer.
+            dtype: Dtype of parameter, gradient and buffer: "float32", "float64", "float16" or
+                "bfloat16".
         """
 
         def fits(loop: Loop) -> bool:
@@ -210,12 +212,12 @@ class MachineCode:
             is_float16 = loop.count("HADD2.F32") > 0
             return loop.dtype == "half" and is_float16 == (dtype == "float16")
 
-        # The one with the most to compute, and of those the one that does not scale.
+        # The loop with the most arithmetic; among those, the shortest, which does not scale.
         return max(filter(fits, self.loops), key=lambda o: (o.count("FFMA", "DFMA"), -o.size))
 
 
 def tool(name: str) -> str | None:
-    """Where one of NVIDIA's tools is: in their package for this Python, or on PATH."""
+    """Path of one of NVIDIA's tools, from their package for this Python or from PATH; or None."""
     packages = Path(sysconfig.get_path("purelib"))
     found = [*packages.glob(f"nvidia/*/bin/{name}")]
     return str(found[0]) if found else shutil.which(name)
@@ -227,7 +229,7 @@ def disassembled(cubin: Path) -> MachineCode:
 
 
 def code_of_library(library: Path) -> list[MachineCode]:
-    """Reads the cubins that a shared library carries, one after the other."""
+    """Reads each cubin in a shared library."""
     with tempfile.TemporaryDirectory() as folder:
         _output("cuobjdump", "--extract-elf", "all", str(library.resolve()), folder=folder)
         return [disassembled(cubin) for cubin in sorted(Path(folder).glob("*.cubin"))]
@@ -242,7 +244,11 @@ def _output(name: str, *arguments: str, folder: str | None = None) -> str:
 
 
 def read(text: str) -> MachineCode:
-    """Reads what nvdisasm printed of a cubin."""
+    """Parses nvdisasm's output for a cubin.
+
+    Raises:
+        ValueError: The text is not the disassembly of a cubin.
+    """
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
     for line in text.splitlines():

@@ -1,18 +1,18 @@
-"""One optimizer step on a GPU: the pair in all its forms against FusedSGDR.
+"""One optimizer step on a GPU: all forms of the pair against FusedSGDR.
 
     python -m benchmarks.gpu
 
 The pair is torch.optim.SGD with CosineAnnealingWarmRestarts, both stepped once a call. Everything
 is float32, with momentum 0.9, weight decay 1e-4 and Nesterov. For each candidate:
 
-* host: until the calls return, which is what the training loop waits for;
-* step: until the GPU has done them, back to back;
-* device: the sum of its kernels' times, and how many they are, as the profiler has seen them;
-* of a copy: 20 bytes an element (parameter, gradient and momentum read, two of them written)
-  divided by the device time, relative to what a copy of as many bytes reaches.
+* host: time until the calls return;
+* step: time until the GPU has finished them, back to back;
+* device: sum of its kernels' times, and their number, from the profiler;
+* of a copy: 20 bytes an element (read parameter, gradient and momentum, write parameter and
+  momentum) divided by the device time, relative to the rate of a copy of as many bytes.
 
-Without a GPU, --quick tries the benchmark out on the CPU, and --draw FILE.json draws what was
-measured elsewhere, as FILE.png.
+Without a GPU, --quick tries the benchmark on the CPU, and --draw FILE.json draws results measured
+elsewhere, as FILE.png.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ NATIVE = "FusedSGDR"
 NATIVE_IN_GRAPH = "FusedSGDR in a CUDA graph"
 BYTES_PER_ELEMENT = 20
 PROFILED_STEPS = 5
-# torch.compile takes minutes for more of them.
+# torch.compile takes minutes for more tensors.
 MOST_TENSORS_TO_COMPILE = 500
 
 
@@ -73,7 +73,7 @@ def _pair_with_tensor_lr(params: list[Tensor]) -> tuple[SGD, CosineAnnealingWarm
 
 
 def pair_with_tensor_lr(params: list[Tensor]) -> tuple[Optimizer, Step]:
-    """The pair with its LR on the GPU, which a graph needs."""
+    """The pair with its LR in a GPU tensor, which a CUDA graph needs."""
     sgd, scheduler = _pair_with_tensor_lr(params)
 
     def step() -> None:
@@ -84,9 +84,9 @@ def pair_with_tensor_lr(params: list[Tensor]) -> tuple[Optimizer, Step]:
 
 
 def pair_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
-    """The update in a graph, the scheduler outside: it writes the LR from the host."""
+    """The update in a graph, and outside it the scheduler, which writes the LR from the host."""
     sgd, scheduler = _pair_with_tensor_lr(params)
-    sgd.step()  # or the graph would start with new momentum at each replay
+    sgd.step()  # otherwise the graph would create new momentum at each replay
     for param in params:
         sgd.state[param]["momentum_buffer"].zero_()
     graph = torch.cuda.CUDAGraph()
@@ -101,7 +101,7 @@ def pair_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
 
 
 def native_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
-    """All of it in a graph, captured before the first step."""
+    """The whole FusedSGDR step in a graph, captured before the first step."""
     optimizer, step = fused_sgdr(params)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -110,7 +110,7 @@ def native_in_graph(params: list[Tensor]) -> tuple[Optimizer, Step]:
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton would take, which torch.compile needs on a GPU."""
+    """Path of the C compiler that Triton would use; torch.compile needs one on a GPU."""
     found = (shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
     return next(filter(None, found), None)
 
@@ -136,7 +136,7 @@ def apex_pair() -> Build | None:
 
 
 def builds(device: str, n_tensors: int) -> dict[str, Build]:
-    """What is measured for so many tensors; on the CPU what runs there."""
+    """The candidates for this number of tensors; on the CPU only those that run there."""
     found: dict[str, Build] = {
         NATIVE: fused_sgdr,
         "SGD(fused=True) + scheduler": pair(fused=True),
@@ -159,14 +159,14 @@ def builds(device: str, n_tensors: int) -> dict[str, Build]:
 
 @dataclass(frozen=True)
 class KernelEvent:
-    """What the profiler saw on the device."""
+    """One event on the device, from the profiler."""
 
     name: str
     microseconds: float
 
     @property
     def is_launch(self) -> bool:
-        """Whether it is a kernel, and no copy or fill."""
+        """Whether it is a kernel, not a copy or fill."""
         return not self.name.startswith(("Memcpy", "Memset"))
 
 
@@ -175,8 +175,8 @@ class DeviceWork:
     """The device's part of one step.
 
     Attributes:
-        launches: Kernels.
-        microseconds: Sum of their times, and of copies and fills.
+        launches: Number of kernels.
+        microseconds: Sum of the times of kernels, copies and fills.
     """
 
     launches: float
@@ -184,7 +184,7 @@ class DeviceWork:
 
     @classmethod
     def of(cls, events: Iterable[KernelEvent], steps: int) -> DeviceWork:
-        """The events of some steps, by step."""
+        """The mean over a number of steps."""
         seen = list(events)
         return cls(
             sum(event.is_launch for event in seen) / steps,
@@ -199,11 +199,11 @@ def synchronize(device: str) -> None:
 
 
 def device_events(run: Step, device: str) -> list[KernelEvent]:
-    """What the profiler sees on the device while something runs."""
+    """The events on the device during a call, from the profiler."""
     on_gpu = device == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     synchronize(device)
-    # acc_events, or torch warns that it does not keep them.
+    # Without acc_events torch warns that it does not keep the events.
     with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         run()
         synchronize(device)
@@ -215,7 +215,7 @@ def device_events(run: Step, device: str) -> list[KernelEvent]:
 
 
 def device_work(step: Step, device: str) -> DeviceWork:
-    """Profiles some steps."""
+    """Profiles PROFILED_STEPS steps."""
     if device != "cuda":
         return DeviceWork(0, 0)
 
@@ -227,7 +227,7 @@ def device_work(step: Step, device: str) -> DeviceWork:
 
 
 def copy_bytes_per_second(n_bytes: int, device: str) -> float:
-    """What a copy reaches that reads and writes so many bytes together; the median of some."""
+    """Median rate of copies that read and write ``n_bytes`` together, in bytes a second."""
     source = torch.empty(max(1, n_bytes // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -246,7 +246,7 @@ def measure(
     candidates: Sequence[Candidate], settings: Settings, device: str
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
     """Times all candidates, interleaved: until the calls return, and until the work is done."""
-    # Few enough not to fill the queue of launches, which the host would then wait for.
+    # So few that they do not fill the launch queue, for which the host would wait.
     calls = 2 if settings.quick else 20
     host = {c.name: Timing(c.name, calls, []) for c in candidates}
     step = {c.name: Timing(c.name, calls, []) for c in candidates}
@@ -341,7 +341,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 
 def draw(results: Sequence[dict[str, Any]]) -> Any:
-    """A panel of bars for each case: the step, and within it the device's time."""
+    """Draws a panel for each case: bars for the step, and within them the device's time."""
     figure, axes = new_axes(len(results), 1, height=2.2 * len(results))
     for ax, case in zip(axes, results, strict=True):
         names = [entry["name"] for entry in case["candidates"]]
@@ -370,7 +370,7 @@ def _label(entry: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any]) -> Any:
-    """The picture of a run, with its GPU's name."""
+    """Draws a run's results, with the GPU's name."""
     figure = draw(results["cases"])
     gpu = results["gpu"]
     where = gpu["name"] if gpu else "on the CPU, to try it out: no result"
@@ -397,7 +397,7 @@ def measured(settings: Settings) -> Path:
     results: list[dict[str, Any]] = []
     for title, case in cases(settings).items():
         results.append(run_case(title, case, settings, device))
-        # After each case: the machine may be gone before the last.
+        # Saved after each case, because the machine may be gone before the last.
         path = write_json(settings, "gpu", {"gpu": gpu, "cases": results})
     return path
 
@@ -407,8 +407,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(argv, __doc__, can_draw=True)
     path = settings.draw or measured(settings)
     if importlib.util.find_spec("matplotlib") is None:
-        # A machine with a GPU is lent for its GPU: the numbers are there, and another can draw.
-        print(f"there is no matplotlib: draw by --draw {path}")
+        # Another machine can draw the results.
+        print(f"there is no matplotlib here; to draw elsewhere, run with --draw {path}")
         return
     save_picture(picture(json.loads(path.read_text())), path)
 

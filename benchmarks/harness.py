@@ -1,10 +1,10 @@
-"""What the benchmarks share: equal work, interleaved timing, tables, JSON and pictures.
+"""Shared by the benchmarks: equal work, interleaved timing, tables, JSON and pictures.
 
-* All candidates of a case update the same parameters with the same gradients. The momentum buffers
-  are those that each made at its first step: where they are placed is a part of what it does.
-* Before a candidate is timed it must have made the update that the reference makes.
-* Every round times every candidate, in a shuffled order, so that a noisy minute is noisy for all. A
-  ratio is taken within each round; the median over the rounds is reported.
+* All candidates of a case update the same parameters with the same gradients. Each keeps the
+  momentum buffers that it allocated at its first step.
+* A candidate is timed only after its update was checked against the reference's.
+* Every round times every candidate, in shuffled order, so that noise affects all of them. A ratio
+  is taken within each round; the median over the rounds is reported.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ __all__ = [
     "write_results",
 ]
 
-# So large an LR that a few steps show every option, the weight decay too, above the rounding.
+# An LR so large that after a few steps every option's effect is above the rounding, also weight
+# decay's.
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
-# So short a first cycle that the checked steps below reach a restart.
+# A first cycle so short that CHECKED_STEPS reach a restart.
 SCHEDULE = {"T_0": 3, "T_mult": 2, "eta_min": 1e-3}
 CHECKED_STEPS = 4
-# For each option: what a candidate has that lacks it.
+# For each option, the settings of a candidate that lacks it.
 WITHOUT: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0, "nesterov": False},
     "Nesterov": {"nesterov": False},
@@ -65,7 +66,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "the schedule": {"eta_min": OPTIONS["lr"]},
     "the restart": {"n_cycles": 1},
 }
-# Where other processes want the cores too, each parallel region waits for its last thread.
+# Above this many cores used by other processes, parallel regions wait for their last thread.
 BUSY_LOAD = 0.3
 
 Step = Callable[[], object]
@@ -74,16 +75,16 @@ Build = Callable[[list[Tensor]], tuple[Optimizer, Step]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says.
+    """The command line's settings.
 
     Attributes:
-        rounds: How often each candidate is timed.
+        rounds: Number of timings of each candidate.
         burst_seconds: Least duration of one timing.
-        quick: Tiny shapes: try the benchmark out, and believe no number.
+        quick: Tiny shapes, to try the benchmark; the numbers mean nothing.
         out: Folder for JSON and pictures.
-        load_before: How many cores other processes kept busy just before.
+        load_before: Number of cores that other processes used just before.
         flags: Whether each of the benchmark's own flags was given.
-        draw: Results of an earlier run to draw, in place of measuring; None: measure.
+        draw: Results of an earlier run to draw instead of measuring; None: measure.
     """
 
     rounds: int
@@ -96,13 +97,13 @@ class Settings:
 
 
 def cores_in_use(seconds: float = 1.0) -> float:
-    """How many cores other processes keep busy now; a load average tells of minutes ago.
+    """Number of cores that other processes use now; a load average covers the last minutes.
 
     Args:
-        seconds: How long to watch, asleep.
+        seconds: How long to watch, while this process sleeps.
 
     Returns:
-        Cores, or 0 where the system does not say (Linux does).
+        Number of cores; 0 on a system without /proc/stat.
     """
     if not Path("/proc/stat").exists():
         return 0.0
@@ -126,7 +127,7 @@ def parse_settings(
 
     Args:
         argv: Arguments; None: those of the process.
-        description: What the benchmark is for; its first line is shown.
+        description: The benchmark's description; --help shows its first line.
         can_draw: Whether the benchmark can draw the results of an earlier run.
         **flags: The benchmark's own flags and their help.
     """
@@ -147,7 +148,7 @@ def parse_settings(
         parser.error("--rounds must be at least 2, for there to be a spread")
     load = 0.0 if draw else cores_in_use()
     if load > BUSY_LOAD:
-        print(f"Others use {load:.1f} cores: steps on several threads will look slow.")
+        print(f"Other processes use {load:.1f} cores: multi-threaded steps will look slow.")
     return Settings(
         rounds=rounds,
         burst_seconds=0.001 if arguments.quick else 0.02,
@@ -167,9 +168,9 @@ class Candidate:
     """One way to do the work.
 
     Attributes:
-        name: Unique among those measured together.
+        name: Unique among the candidates measured together.
         step: Does the work once.
-        threads: Intra-op threads to do it with.
+        threads: Number of intra-op threads.
     """
 
     name: str
@@ -179,11 +180,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the reference makes of a workload's parameters.
+    """The reference's result for a workload.
 
     Attributes:
-        tensors: The parameters after a few steps, then their averages if there are any.
-        changes: By how much a parameter differs where an option of WITHOUT is missing.
+        tensors: The parameters after CHECKED_STEPS, then their averages if there are any.
+        changes: The least change of a parameter when an option of WITHOUT is missing.
     """
 
     tensors: list[Tensor]
@@ -193,18 +194,18 @@ class Expected:
 class Workload:
     """Parameters with fixed gradients, which all candidates of a case share.
 
-    They are allocated one kind after the other: all parameters, all gradients, then all buffers.
+    They are allocated by kind: all parameters, all gradients, then all buffers.
 
     Args:
         shapes: The parameters' shapes.
-        device: Where they are.
-        by_backward: Lets a backward() make the gradients, which leaves gaps between them where its
-            intermediate results had been. Else they lie side by side, as they do in DDP's buckets.
-        **options: FusedSGDR's, beside those of all benchmarks.
+        device: Their device.
+        by_backward: Whether backward() makes the gradients, which leaves gaps between them where
+            its intermediate results were. Otherwise they are adjacent, as in DDP's buckets.
+        **options: FusedSGDR's options, besides those of all benchmarks.
 
     Attributes:
         params: The parameters, with gradients.
-        momentum_buffers: For a step that is no optimizer's.
+        momentum_buffers: Buffers for a step without an optimizer, as the memory floor's.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class Workload:
         self.params = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
         self._grads = []
         for shape in shapes:
-            # Between 0.5 and 1.5 with either sign, so that every element moves visibly.
+            # Magnitude from 0.5 to 1.5 with either sign, so that every element changes visibly.
             uniform = torch.rand(shape, generator=generator) - 0.5
             self._grads.append((uniform + torch.ones_like(uniform).copysign(uniform)).to(device))
         self._set_gradients(by_backward)
@@ -232,22 +233,22 @@ class Workload:
         momentum_eps: float = 0.0,
         **options: Any,
     ) -> Candidate:
-        """A candidate that is known to make the same update as the reference.
+        """A candidate whose update was checked against the reference's.
 
         Args:
             name: Its name.
-            threads: Intra-op threads it is to be checked and timed with.
+            threads: Number of intra-op threads for the check and the timing.
             build: Makes an optimizer for the parameters, and the function that takes one step.
-            momentum_eps: By how much of itself its momentum buffer is off after each step.
-            **options: FusedSGDR's that it has beside the workload's, for the reference.
+            momentum_eps: Relative error of its momentum buffer after each step.
+            **options: FusedSGDR's options for the reference, besides the workload's.
 
         Raises:
             AssertionError: Its parameters or averages differ from the reference's after a few
-                steps; or they may, and yet it would not be found out if it lacked an option.
+                steps, or the tolerance is so large that a missing option would not be found.
         """
-        # Each step rounds the parameter, of size 1, a few times.
+        # Each step rounds the parameter, of magnitude 1, a few times.
         tolerance = 2 * CHECKED_STEPS * torch.finfo(torch.float32).eps
-        # A gradient is 1.5 at most, and the buffer as many times that as there were steps.
+        # A gradient is at most 1.5, and the buffer at most 1.5 times the number of steps.
         tolerance += OPTIONS["lr"] * 1.5 * CHECKED_STEPS**2 * momentum_eps
         expected = self._expected_with(options)
         for missing, change in expected.changes.items():
@@ -264,7 +265,7 @@ class Workload:
         except AssertionError as error:
             raise AssertionError(f"{name} does not make the reference's update: {error}") from error
         if isinstance(optimizer, FusedSGDR) and optimizer.max_grad_norm is None:
-            # A limit that is never reached is not seen in the parameters.
+            # A limit that is never reached leaves no trace in the parameters.
             assert (self._options | options).get("max_grad_norm") is None, f"{name} takes no norm"
         return Candidate(name, step, threads)
 
@@ -282,9 +283,9 @@ class Workload:
         return self._expected[key]
 
     def _least_change(self, expected: list[Tensor], others: list[Tensor]) -> float:
-        """The largest change within each parameter, and the smallest of those.
+        """The minimum over the parameters of the largest change within one.
 
-        A change is relative to 1 + the element, as the tolerance is.
+        A change is relative to 1 + abs(element), as the tolerance is.
         """
         n_params = len(self.params)
         pairs = zip(expected[:n_params], others[:n_params], strict=True)
@@ -296,7 +297,7 @@ class Workload:
 
     def _set_gradients(self, by_backward: bool) -> None:
         if not by_backward:
-            # Copies, without the gaps where the values in between had been.
+            # Copies, without the gaps that intermediate results left.
             for param, grad in zip(self.params, self._grads, strict=True):
                 param.grad = grad.clone()
             return
@@ -321,7 +322,7 @@ class Workload:
 def fused_sgdr(
     params: list[Tensor], backend: str = "native", **options: Any
 ) -> tuple[Optimizer, Step]:
-    """FusedSGDR with the benchmarks' options and more, and its step."""
+    """FusedSGDR with the benchmarks' options and further ones, and its step."""
     optimizer = FusedSGDR(params, **OPTIONS | SCHEDULE | options, backend=backend)
     return optimizer, optimizer.step
 
@@ -331,11 +332,11 @@ def fused_sgdr(
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call took, in each round.
+    """The time of one call, in each round.
 
     Attributes:
-        name: The candidate's.
-        calls: Calls that one timing is the mean of.
+        name: The candidate's name.
+        calls: Number of calls in one timing, of which it is the mean.
         seconds: Seconds a call, by round.
     """
 
@@ -354,7 +355,7 @@ class Timing:
         return first, third
 
     def ratio_to(self, other: Timing) -> float:
-        """Median over the rounds of this time divided by the other's."""
+        """Median over the rounds of this time divided by the other's in the same round."""
         pairs = zip(self.seconds, other.seconds, strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
@@ -373,8 +374,8 @@ def measure(candidates: Sequence[Candidate], settings: Settings) -> dict[str, Ti
     """Times all candidates, interleaved.
 
     Args:
-        candidates: What to time.
-        settings: Number of rounds and duration of one timing.
+        candidates: The candidates.
+        settings: Number of rounds and least duration of one timing.
 
     Returns:
         The timings, by the candidates' names.
@@ -404,7 +405,7 @@ def _time(candidate: Candidate, calls: int) -> float:
     gc.disable()
     try:
         with intra_op_threads(candidate.threads):
-            step()  # The threads are awake and the caches hold what they can.
+            step()  # wakes the threads and fills the caches
             start = time.perf_counter()
             for _ in range(calls):
                 step()
@@ -415,7 +416,7 @@ def _time(candidate: Candidate, calls: int) -> float:
 
 @contextmanager
 def intra_op_threads(threads: int) -> Iterator[None]:
-    """Sets torch's number of intra-op threads for a while."""
+    """Sets torch's number of intra-op threads within a ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -428,7 +429,7 @@ def intra_op_threads(threads: int) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on, apart from the code."""
+    """The machine and the versions that the numbers depend on."""
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -462,7 +463,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def new_axes(n_rows: int, n_columns: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure for a README, 800 pixels wide there, and its axes."""
+    """A figure for the README, 800 pixels wide there, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), dpi=200, layout="constrained", facecolor="white")
@@ -473,19 +474,19 @@ def new_axes(n_rows: int, n_columns: int, height: float) -> tuple[Any, list[Any]
 
 
 def write_results(settings: Settings, name: str, results: dict[str, Any], figure: Any) -> None:
-    """Writes NAME.json and NAME.png, and into both where they were measured.
+    """Writes NAME.json and NAME.png, with the machine in both.
 
     Args:
-        settings: Where to write.
-        name: The benchmark's.
-        results: What was measured.
-        figure: The picture of it.
+        settings: The folder to write to.
+        name: The benchmark's name.
+        results: The measurements.
+        figure: Their picture.
     """
     save_picture(figure, write_json(settings, name, results))
 
 
 def write_json(settings: Settings, name: str, results: dict[str, Any]) -> Path:
-    """Writes NAME.json, with where it was measured; returns its path."""
+    """Writes NAME.json, with the machine; returns its path."""
     here = environment() | {"load_before": settings.load_before, "rounds": settings.rounds}
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / f"{name}.json"
@@ -495,7 +496,7 @@ def write_json(settings: Settings, name: str, results: dict[str, Any]) -> Path:
 
 
 def save_picture(figure: Any, path: Path) -> None:
-    """Writes the picture of some results beside them, and into it where they were measured.
+    """Writes the picture of some results next to them, with the machine in it.
 
     Args:
         figure: The picture.
@@ -504,7 +505,7 @@ def save_picture(figure: Any, path: Path) -> None:
     here = json.loads(path.read_text())["environment"]
     where = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}, torch {here['torch']}"
     if here["load_before"] > BUSY_LOAD:
-        where += f"; others used {here['load_before']} cores: do not quote"
+        where += f"; other processes used {here['load_before']} cores: do not quote"
     figure.supxlabel(where, fontsize=8, color="0.45")
     figure.savefig(path.with_suffix(".png"))
     print(f"wrote {path.stem}.png")

@@ -1,8 +1,8 @@
-"""What nvcc makes of the CUDA kernels, on a machine without a GPU.
+"""The machine code of the CUDA kernels; needs no GPU.
 
 python -m benchmarks.machine_code prints registers, instructions an element and bytes an element for
-each kernel and architecture, and how many accesses have an address that ptxas may get wrong. Needs
-nvcc, and nvdisasm, from PATH or the package nvidia-cuda-nvdisasm.
+each kernel and architecture, and the number of accesses whose address ptxas may get wrong. It needs
+nvcc, and nvdisasm from PATH or from the package nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ REPOSITORY = Path(__file__).parent.parent
 RESULT = REPOSITORY / "benchmarks/results/machine_code.json"
 CACHE = Path(tempfile.gettempdir()) / f"sgdr_machine_code_{os.getuid()}"
 
-# What torch.utils.cpp_extension adds, as far as it changes the code.
+# The flags that torch.utils.cpp_extension adds and that change the code.
 TORCH_FLAGS = ("--expt-relaxed-constexpr",)
 
-# A source for each kernel. The step has two: without and with what LaunchExtras are for.
+# A source for each kernel. The step has two: without and with LaunchExtras.
 _STEP = "__global__ void sgdr::fused_step_kernel<{}>(const __grid_constant__ sgdr::LaunchArgs);"
 SOURCES = {
     "step": f'#include "cuda/fused_step.cuh"\ntemplate {_STEP.format("false")}\n',
@@ -44,7 +44,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture, and what ptxas reports of it."""
+    """One kernel for one architecture, and ptxas' report on it."""
 
     code: MachineCode
     registers: int
@@ -58,7 +58,7 @@ class Kernel:
 
 
 def missing_tool() -> str:
-    """What is missing to run this; empty if nothing is."""
+    """What is missing to run this; empty if nothing."""
     if shutil.which("nvcc") is None:
         return "there is no nvcc"
     if importlib.util.find_spec("torch") is None:
@@ -69,12 +69,12 @@ def missing_tool() -> str:
 
 
 def architectures() -> list[str]:
-    """The ones that setup.py builds for, such as "80"."""
+    """The architectures that setup.py builds for, such as "80"."""
     return [name.replace(".", "") for name in _constant_of_setup("CUDA_ARCHITECTURES")]
 
 
 def compiled(names: Sequence[str], kernel: str = "step") -> list[Kernel]:
-    """A kernel's machine code, compiled by setup.py's flags.
+    """A kernel's machine code, compiled with setup.py's flags.
 
     Args:
         names: Architectures, such as "80".
@@ -92,11 +92,11 @@ def _constant_of_setup(name: str) -> list[str]:
 
 
 def compiled_source(architecture: str, text: str) -> Kernel:
-    """The machine code of one kernel's source, compiled by setup.py's flags.
+    """The machine code of one kernel's source, compiled with setup.py's flags.
 
     Args:
         architecture: Such as "80".
-        text: CUDA C++, which may include files of csrc/ and of torch.
+        text: CUDA C++, which may include files from csrc/ and from torch.
     """
     torch = importlib.util.find_spec("torch")
     assert torch is not None
@@ -133,7 +133,7 @@ def compiled_source(architecture: str, text: str) -> Kernel:
 
 
 def row_of(name: str, kernel: Kernel) -> dict[str, Any]:
-    """What the results say of a kernel."""
+    """A kernel's row in the results."""
     return {
         "kernel": name,
         "architecture": f"sm_{kernel.architecture}",
@@ -150,8 +150,8 @@ def main() -> None:
         raise SystemExit(missing)
     kernels = {name: compiled(architectures(), name) for name in SOURCES}
     rows = [row_of(name, kernel) for name, of_name in kernels.items() for kernel in of_name]
-    print("Each kernel. Its arguments end at the given byte of the constant bank. Faults: accesses")
-    print("to local memory, and those that ptxas may have got wrong.")
+    print("Arguments end: the byte of the constant bank where a kernel's arguments end.")
+    print("Faults: accesses to local memory, and accesses that ptxas may have got wrong.")
     print(f"{'':26}{'registers':>10}{'spilled':>9}{'arguments end':>15}{'faults':>8}")
     for row in rows:
         print(

@@ -1,6 +1,6 @@
-// The memory floor of a step in float: the loads and stores of SGD with momentum, and next to no
-// arithmetic. Read param, grad and momentum_buffer, write param and momentum_buffer: 20 bytes an
-// element.
+// The memory floor of a step in float: the loads and stores of SGD with momentum, with almost no
+// arithmetic. It reads param, grad and momentum_buffer and writes param and momentum_buffer: 20
+// bytes an element.
 
 #include <ATen/Parallel.h>
 
@@ -24,7 +24,7 @@ struct Chunk {
   int64_t end;
 };
 
-// Two additions are the least that needs all three values and changes both results.
+// Two additions: the least arithmetic that uses all three values and changes both results.
 void loop(float* __restrict param, const float* __restrict grad, float* __restrict momentum_buffer,
           int64_t numel) {
   for (int64_t i = 0; i < numel; ++i) {
@@ -35,7 +35,7 @@ void loop(float* __restrict param, const float* __restrict grad, float* __restri
 
 }  // namespace
 
-// A thread takes adjacent chunks or, if `in_turn`, every n-th chunk.
+// A thread takes adjacent chunks or, if `in_turn`, every n-th chunk for n threads.
 extern "C" void memory_floor(const Tensors* tensors, int64_t chunk_numel, int in_turn) {
   std::vector<Chunk> chunks;
   for (int64_t tensor = 0; tensor < tensors->size; ++tensor)

@@ -1,4 +1,4 @@
-"""A bare loop of a step's loads and stores, which no step can be faster than."""
+"""A bare loop of a step's loads and stores: a lower bound on a step's time."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class _Tensors(ctypes.Structure):
 
 
 def floor_candidates(workload: Workload, threads: int) -> list[Candidate]:
-    """Several chunk sizes, dealt to the threads in two ways, on a workload's tensors.
+    """The loop with several chunk sizes, distributed over the threads in two ways.
 
-    The fastest of them is the floor: nobody knows beforehand which one suits a machine.
+    The fastest is the floor; which one that is depends on the machine.
 
     Args:
         workload: Parameters, gradients and momentum buffers.
-        threads: Intra-op threads to use.
+        threads: Number of intra-op threads.
     """
     library = _compiled()
     columns = (
@@ -71,7 +71,8 @@ def _compiled() -> ctypes.CDLL:
     path = cpp_extension.load(
         name="sgdr_memory_floor",
         sources=[str(Path(__file__).with_suffix(".cpp"))],
-        # Without -fopenmp at::parallel_for is a plain loop. To link it would load a second OpenMP.
+        # Without -fopenmp at::parallel_for is a plain loop. Not a linker flag: that would load a
+        # second OpenMP.
         extra_cflags=["-O3", "-march=native", "-fopenmp"],
         is_python_module=False,
     )

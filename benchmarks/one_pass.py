@@ -1,6 +1,6 @@
 """Clipping, averaging, low-precision momentum on the CPU: torch's functions against one pass.
 
-The norm that gradients are clipped to is three quarters of theirs, so that every step clips. torch
+max_grad_norm is three quarters of the gradients' norm, so that every step clips. The torch side
 clips with clip_grad_norm_(foreach=True), which writes the gradients, steps with SGD and its
 scheduler, and averages with the foreach function that torch.optim.swa_utils uses.
 """
@@ -29,12 +29,12 @@ from benchmarks.harness import (
 from benchmarks.step import NATIVE, Case, compare, draw, pair
 
 EMA_DECAY = 0.999
-# torch sums the squares up in float32.
+# torch sums the squares in float32.
 NORM_EPS = 16 * torch.finfo(torch.float32).eps
 
 
 def cases(settings: Settings) -> dict[str, Case]:
-    """What is measured."""
+    """The tensor lists and numbers of threads."""
     threads = torch.get_num_threads()
     n_small = 20 if settings.quick else 1000
     resnet = shapes.resnet50(width=4, n_classes=10) if settings.quick else shapes.resnet50()
@@ -47,7 +47,7 @@ def cases(settings: Settings) -> dict[str, Case]:
 
 
 def torchs_own(max_grad_norm: float, **how: bool) -> Build:
-    """Builds clip, step, schedule and average; ``how`` goes to torch.optim.SGD."""
+    """Builds clip, step, schedule and average; passes ``how`` to torch.optim.SGD."""
 
     def build(params: list[Tensor]) -> tuple[Optimizer, Step]:
         sgd, update = pair(**how)(params)
@@ -71,8 +71,8 @@ def torchs_own(max_grad_norm: float, **how: bool) -> Build:
 def run_clip_step_average(
     case: Case, settings: Settings, by_backward: bool = False
 ) -> dict[str, Any]:
-    """Measures the whole of it, with gradients side by side or as a backward() leaves them."""
-    # Kept, for the one that is measured not to lie in the gaps that it would leave.
+    """Measures clip, step and average, with adjacent gradients or those of a backward()."""
+    # Kept alive, so that the measured workload is not allocated in the gaps it would leave.
     same = Workload(case.shapes)
     max_grad_norm = 0.75 * math.sqrt(sum(float(param.grad.square().sum()) for param in same.params))
     options = {"max_grad_norm": max_grad_norm, "ema_decay": EMA_DECAY}

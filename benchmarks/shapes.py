@@ -20,7 +20,7 @@ def mlp(widths: Sequence[int] = (64, 96, 32, 10)) -> Shapes:
 
 
 def small_tensors(n_tensors: int, numel_each: int = 64) -> Shapes:
-    """Many small tensors, where a step costs what a tensor costs and not what an element costs."""
+    """Many small tensors, for which the cost of a step is the cost per tensor."""
     return [(numel_each,)] * n_tensors
 
 

@@ -1,7 +1,7 @@
-"""What one more small tensor costs a step of FusedSGDR.
+"""The cost of one more small tensor in a step of FusedSGDR.
 
-Lists of 10 to 10,000 tensors of 64 elements, and a straight line through the times. The fit weighs
-each time by its inverse, so that short lists count as much as long ones.
+Lists of 10 to 10,000 tensors of 64 elements, and a straight line fitted to the times. The fit
+weights each time by its inverse, so that short lists count as much as long ones.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def fit_line(n_tensors: Sequence[int], seconds: Sequence[float]) -> tuple[float,
 
     Args:
         n_tensors: Lengths of the lists.
-        seconds: Duration of a step over each.
+        seconds: Seconds of a step, for each list.
 
     Returns:
-        Seconds at no tensor, and seconds a tensor.
+        Intercept in seconds, and slope in seconds a tensor.
     """
     times = torch.tensor(seconds, dtype=torch.float64)
     counts = torch.tensor(n_tensors, dtype=torch.float64)
@@ -86,7 +86,7 @@ def report(threads: int, counts: Sequence[int], timings: Sequence[Timing]) -> di
 
 
 def draw(results: Sequence[dict[str, Any]]) -> Any:
-    """The time a tensor, which falls to a constant where the time of a step is a straight line."""
+    """Draws the time a tensor; it falls to a constant if the time of a step is linear."""
     figure, (ax,) = new_axes(1, 1, height=3.6)
     for series, color in zip(results, ("#1f4e79", "#d9822b"), strict=False):
         counts = [entry["tensors"] for entry in series["lists"]]

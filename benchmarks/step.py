@@ -1,10 +1,10 @@
-"""One optimizer step on the CPU: the pair in all its forms against FusedSGDR.
+"""One optimizer step on the CPU: all forms of the pair against FusedSGDR.
 
 The pair is torch.optim.SGD with CosineAnnealingWarmRestarts, both stepped once a call. Everything
 is float32, with momentum 0.9, weight decay 1e-4 and Nesterov.
 
-The steps are repeated on the same tensors with nothing in between, so what fits into the caches
-stays there; in a training the forward and backward pass would have evicted some of it.
+The steps are repeated on the same tensors with nothing in between, so the caches stay hot. In a
+training the forward and backward pass evict some of the data.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ FLOOR = "memory floor"
 
 @dataclass(frozen=True)
 class Case:
-    """A list of tensors to update, and how.
+    """A list of tensors to update, and the number of threads.
 
     Attributes:
-        title: Says what it is.
+        title: Title of the table.
         shapes: Shapes of the parameters.
-        threads: Intra-op threads.
-        has_floor: Whether to compare with the memory floor too.
+        threads: Number of intra-op threads.
+        has_floor: Whether to measure the memory floor too.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Case:
 
 
 def cases(settings: Settings) -> list[Case]:
-    """What is measured."""
+    """The cases to measure."""
     threads = torch.get_num_threads()
     n_small = 20 if settings.quick else 1000
     small = shapes.small_tensors(n_small)
@@ -74,7 +74,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def pair(compiled: bool = False, **how: bool) -> Build:
-    """Builds the pair; ``how`` goes to torch.optim.SGD."""
+    """Builds the pair; passes ``how`` to torch.optim.SGD."""
 
     def build(params: list[Tensor]) -> tuple[Optimizer, Step]:
         # A compiled step needs a tensor LR: a float would be a constant of the graph.
@@ -83,8 +83,8 @@ def pair(compiled: bool = False, **how: bool) -> Build:
         scheduler = CosineAnnealingWarmRestarts(sgd, **SCHEDULE)
         update = sgd.step
         if compiled:
-            torch.compiler.reset()  # or the graphs of the last case count as recompilations
-            torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently uncompiled
+            torch.compiler.reset()  # otherwise the last case's graphs count as recompilations
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # do not silently run eagerly
             update = torch.compile(lambda: sgd.step())
 
         def step() -> None:
@@ -125,11 +125,11 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
 def compare(
     case: Case, baselines: Sequence[Timing], shown: Sequence[Timing], native: Timing
 ) -> dict[str, Any]:
-    """Prints a case's table, and gives it as data.
+    """Prints a case's table and returns it as data.
 
     Args:
-        case: What was measured.
-        baselines: What FusedSGDR is compared with.
+        case: The case.
+        baselines: The timings that FusedSGDR is compared with.
         shown: All rows of the table.
         native: FusedSGDR's row.
     """
@@ -159,7 +159,7 @@ def _cells(timing: Timing) -> tuple[str, str, str]:
 
 
 def draw(results: Sequence[dict[str, Any]]) -> Any:
-    """A panel of bars for each case."""
+    """Draws a panel of bars for each case."""
     figure, axes = new_axes(len(results), 1, height=1.9 * len(results))
     for ax, case in zip(axes, results, strict=True):
         names = [c["name"].partition(", chunks")[0] for c in case["candidates"]]

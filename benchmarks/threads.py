@@ -1,8 +1,8 @@
-"""Where a second thread starts to pay.
+"""The size from which a second thread pays.
 
 FusedSGDR's step on one thread and on two, over one large tensor and over tensors of 64 elements.
-Below ``kParallelNumel`` of csrc/backend.h the library itself stays on one thread, so both take
-equally long there: to see further down, lower the constant, rebuild and run this again.
+Below ``kParallelNumel`` elements (in csrc/) the library uses one thread, so both times are equal:
+to measure smaller sizes, lower the constant, rebuild and run this again.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ THRESHOLD = re.compile(r"kParallelNumel = (?:(\d+) << )?(\d+);")
 
 
 def parallel_numel() -> int | None:
-    """The library's threshold, as it stands in the sources; None where it is not a plain number."""
-    header = Path(__file__).parent.parent / "csrc" / "backend.h"
-    match = THRESHOLD.search(header.read_text())
-    if match is None:
-        return None
-    return int(match[2]) if match[1] is None else int(match[1]) << int(match[2])
+    """The library's threshold, read from csrc/; None if it is not a plain number."""
+    for header in (Path(__file__).parent.parent / "csrc").rglob("*.h"):
+        if match := THRESHOLD.search(header.read_text()):
+            return int(match[2]) if match[1] is None else int(match[1]) << int(match[2])
+    return None
 
 
 def draw(results: Sequence[dict[str, Any]], threshold: int | None) -> Any:
-    """How much faster two threads are."""
+    """Draws how much faster two threads are."""
     figure, (ax,) = new_axes(1, 1, height=3.6)
     for layout, color in zip(LAYOUTS, ("#1f4e79", "#d9822b"), strict=True):
         rows = [row for row in results if row["layout"] == layout]

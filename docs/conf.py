@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: `make docs`."""
+"""Sphinx settings of the site: `make docs`."""
 
 import sys
 from importlib.metadata import version as installed_version
@@ -40,8 +40,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Every cross-reference must lead somewhere. The types of torch and of the standard library are
-# named in signatures only.
+# A broken cross-reference is an error, except to types of torch and of the standard library.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|os|collections|typing|Axes|Optimizer|Tensor|ParamsT|Anneal|Backend)\b.*")
@@ -53,7 +52,7 @@ _TORCH_PAGES = "https://docs.pytorch.org/docs/stable/generated/"
 def link_to_torch(
     app: Sphinx, env: object, node: pending_xref, contnode: nodes.TextElement
 ) -> nodes.reference | None:
-    """Leads ``:class:`torch.optim.SGD``` and its like to torch's own pages."""
+    """Links ``:class:`torch.optim.SGD``` and similar references to torch's own pages."""
     target = node.get("reftarget", "")
     if node.get("reftype") != "class" or not target.startswith("torch.optim."):
         return None

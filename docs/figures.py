@@ -1,4 +1,7 @@
-"""Draws the pictures of the pages from the schedule itself: `python docs/figures.py`."""
+"""Draws the LR curves of the pages: `python docs/figures.py`.
+
+figures/how_it_works.svg is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from sgdr_fused import CosineWarmRestarts
 
 FOLDER = Path(__file__).parent / "figures"
 
-# Read on a white page and on a dark one.
+# Readable on a white page and on a dark one.
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "sgdr_fused",
     "svg.fonttype": "none",

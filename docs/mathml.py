@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: no LaTeX, and nothing to fetch."""
+"""Formulas as MathML, which browsers render without LaTeX or downloads."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
-# A word set letter by letter: browsers draw a variant of whole words only as text.
+# A word set letter by letter. Browsers render a math variant of whole words only as <mtext>.
 _WORD = re.compile(
     r'<mi mathvariant="(normal|monospace)">[^<]*</mi>(?:<mi mathvariant="\1">[^<]*</mi>)+'
 )
@@ -16,10 +16,10 @@ _LETTER = re.compile(r"<mi[^>]*>([^<]*)</mi>")
 
 
 def mathml(latex: str, display: str = "inline") -> str:
-    """A formula as a ``<math>`` element.
+    """Converts a formula to a ``<math>`` element.
 
     Args:
-        latex: The formula; several lines are aligned at their ``&``.
+        latex: The formula; several lines are aligned at ``&``.
         display: ``"inline"`` or ``"block"``.
     """
     if r"\\" in latex and r"\begin" not in latex:

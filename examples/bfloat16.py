@@ -1,8 +1,7 @@
-"""Trains a small network on handwritten digits in bfloat16: what becomes of small updates.
+"""Trains a small network on handwritten digits in bfloat16, with a small learning rate.
 
-With a small learning rate most updates are below half of the distance between two bfloat16 numbers.
-Rounded to the nearest they are lost; rounded stochastically, or into float32 master weights, they
-add up.
+Most updates are then below half the distance between two bfloat16 numbers. Rounding to nearest
+loses them; with stochastic rounding or float32 master weights they accumulate.
 
     python examples/bfloat16.py
 """
@@ -40,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def accuracy(way: str, seed: int, epochs: int) -> float:
-    """Trains once, and gives the share of the test images that are recognised."""
+    """Trains once and returns the test accuracy, from 0 to 1."""
     raw_images, raw_labels = load_digits(return_X_y=True)
     dtype = torch.float32 if way == FULL else torch.bfloat16
     images = (torch.tensor(raw_images, dtype=torch.float32) / 16).to(dtype)
@@ -66,10 +65,10 @@ def accuracy(way: str, seed: int, epochs: int) -> float:
 
 
 def reaches(accuracies: Sequence[float], full: Sequence[float]) -> bool:
-    """Whether accuracies are those of float32, seed by seed, but for noise.
+    """Whether accuracies reach those of float32, compared seed by seed.
 
-    That is: on average they are not below by more than two standard errors of the difference, or
-    by more than one image where all seeds agree.
+    They do if their mean is below by at most two standard errors of the difference, or by at most
+    one image, whichever is more.
     """
     differences = [mine - theirs for mine, theirs in zip(accuracies, full, strict=True)]
     error = 0.0
@@ -79,7 +78,7 @@ def reaches(accuracies: Sequence[float], full: Sequence[float]) -> bool:
 
 
 def draw(results: dict[str, list[float]], path: Path) -> None:
-    """A point for each seed, a bar for their mean."""
+    """Draws a point for each seed and a bar for their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +98,7 @@ def draw(results: dict[str, list[float]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains all ways; writes bfloat16.json and bfloat16.png."""
+    """Trains in every way; writes bfloat16.json and bfloat16.png."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,7 +1,7 @@
 """Trains a small network on handwritten digits: with the pair, with FusedSGDR, and resumed.
 
 The pair is torch.optim.SGD with CosineAnnealingWarmRestarts. From one seed both give the same
-losses to the last bit, and so does a FusedSGDR run taken up again from a checkpoint amid a cycle.
+losses to the last bit, and so does a FusedSGDR run that resumes from a checkpoint within a cycle.
 
     python examples/digits.py
 """
@@ -37,7 +37,15 @@ OPTIONS = {"lr": 0.3, "momentum": 0.9, "weight_decay": 5e-3, "nesterov": True}
 
 @dataclass
 class Digits:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, and the batches of a training."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, and the order of the batches.
+
+    Attributes:
+        train_images: Shape (1437, 1, 8, 8), values from 0 to 1.
+        train_labels: Shape (1437,).
+        test_images: Shape (360, 1, 8, 8).
+        test_labels: Shape (360,).
+        batches: Indices of the training images, one tensor a step.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -47,7 +55,7 @@ class Digits:
 
     @classmethod
     def load(cls, epochs: int, seed: int) -> Digits:
-        """Splits and orders the images by a seed."""
+        """Splits and shuffles the images with a seed."""
         raw_images, raw_labels = load_digits(return_X_y=True)
         images = torch.tensor(raw_images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         labels = torch.tensor(raw_labels)
@@ -83,10 +91,10 @@ class Run:
 
         Args:
             digits: Images and batches.
-            steps: Which batches.
-            optimizer: Whose gradients are zeroed and whose LR is noted.
-            step: Updates the network and moves the schedule on.
-            after_step: Called after each step, with its number.
+            steps: Indices of the batches.
+            optimizer: Clears the gradients and gives the LR.
+            step: Updates the network and advances the schedule.
+            after_step: Called after each step, with its index.
         """
         self.network.train()
         for i in progress(self.name, steps, len(digits.batches)):
@@ -105,7 +113,7 @@ class Run:
 
     @torch.no_grad()
     def accuracy(self, digits: Digits) -> float:
-        """Share of the test images that are recognised."""
+        """Test accuracy, from 0 to 1."""
         self.network.eval()
         guesses = self.network(digits.test_images).argmax(dim=1)
         return (guesses == digits.test_labels).double().mean().item()
@@ -127,7 +135,7 @@ def new_network(seed: int) -> nn.Module:
 
 
 def progress(name: str, steps: range, n_steps: int) -> Iterator[int]:
-    """The steps, with a bar on a terminal and four lines elsewhere."""
+    """Yields the steps; shows a bar on a terminal, prints four lines elsewhere."""
     on_terminal = sys.stdout.isatty()
     for i in steps:
         yield i
@@ -142,7 +150,7 @@ def progress(name: str, steps: range, n_steps: int) -> Iterator[int]:
 
 
 def train_pair(digits: Digits, seed: int, **schedule: Any) -> Run:
-    """The training with torch's own optimizer and scheduler."""
+    """Trains with torch's own optimizer and scheduler."""
     run = Run("SGD + scheduler", new_network(seed))
     optimizer = SGD(run.network.parameters(), **OPTIONS)
     scheduler = CosineAnnealingWarmRestarts(optimizer, **schedule)
@@ -156,7 +164,7 @@ def train_pair(digits: Digits, seed: int, **schedule: Any) -> Run:
 
 
 def train_fused(digits: Digits, seed: int, save_at: int, checkpoint: Path, **schedule: Any) -> Run:
-    """The same training with FusedSGDR, which saves a checkpoint on its way."""
+    """Trains with FusedSGDR and saves a checkpoint after ``save_at`` steps."""
     run = Run("FusedSGDR", new_network(seed))
     optimizer = FusedSGDR(run.network.parameters(), **OPTIONS, **schedule)
 
@@ -170,7 +178,7 @@ def train_fused(digits: Digits, seed: int, save_at: int, checkpoint: Path, **sch
 
 
 def resume_fused(digits: Digits, save_at: int, checkpoint: Path, **schedule: Any) -> Run:
-    """The rest of that training, by a new network and a new optimizer."""
+    """Resumes that training with a new network and a new optimizer."""
     run = Run("FusedSGDR, resumed", new_network(seed=12345))
     optimizer = FusedSGDR(run.network.parameters(), **OPTIONS, **schedule)
     state = torch.load(checkpoint, weights_only=True)
@@ -195,7 +203,7 @@ def draw(path: Path, pair: Run, fused: Run, restarts: list[int], save_at: int, t
         fused: The run drawn as a fine line on top of it.
         restarts: Steps to mark.
         save_at: Number of steps before the checkpoint.
-        text: Stands below the title.
+        text: Subtitle.
     """
     from matplotlib.figure import Figure
 
@@ -247,14 +255,14 @@ def draw(path: Path, pair: Run, fused: Run, restarts: list[int], save_at: int, t
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains three times, prints what came out, and writes picture and numbers."""
+    """Trains three times; prints the results and writes a picture and JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
     arguments = parser.parse_args(argv)
 
-    # The sums of a convolution are then added up in one order, whatever the machine is busy with.
+    # On one thread a convolution adds in one order, so runs repeat to the bit.
     torch.set_num_threads(1)
     digits = Digits.load(arguments.epochs, arguments.seed)
     n_steps = len(digits.batches)

@@ -1,8 +1,8 @@
-"""The SGDR paper's comparisons in small: step decay, one cosine, warm restarts, and snapshots.
+"""The SGDR paper's comparisons, in small: step decay, one cosine, warm restarts, and snapshots.
 
 Trains a small network on scikit-learn's 1,797 digits, with clean training labels and with 20 % of
-them wrong, over many seeds, each with a split of its own. Each method has the initial learning rate
-that is best on validation images. At the end it says which of the paper's findings hold here.
+them wrong, over many seeds, each with its own split. Each method uses the initial learning rate
+with the least error on validation images. Prints which of the paper's findings hold here.
 
 Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017,
 https://arxiv.org/abs/1608.03983.
@@ -51,9 +51,9 @@ class Relation:
     """One of the paper's findings: a method's test error is below another's.
 
     Attributes:
-        better: The method said to be better.
-        worse: Than which.
-        in_the_paper: By how many points, and on what.
+        better: The method with the lower error.
+        worse: The method with the higher error.
+        in_the_paper: The difference in points, and the data set.
     """
 
     better: str
@@ -69,7 +69,7 @@ RELATIONS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One training."""
+    """The settings of one training."""
 
     method: str
     noise: float
@@ -80,14 +80,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Split:
-    """The digits as one seed divides them: ``images[part]`` and ``labels[part]`` of three parts."""
+    """One seed's split: ``images[part]``, ``labels[part]`` for "train", "validation", "test"."""
 
     images: dict[str, Tensor]
     labels: dict[str, Tensor]
 
     @classmethod
     def load(cls, seed: int, noise: float) -> Split:
-        """Divides the digits; a share ``noise`` of the training labels becomes another digit."""
+        """Splits the digits; replaces a share ``noise`` of the training labels by another digit."""
         raw_images, raw_labels = load_digits(return_X_y=True)
         images = torch.tensor(raw_images, dtype=torch.float32) / 16
         labels = torch.tensor(raw_labels)
@@ -102,7 +102,7 @@ class Split:
         return cls({part: images[indices] for part, indices in parts.items()}, of_part)
 
     def error(self, part: str, outputs: Tensor) -> float:
-        """Share of a part's images that are not recognised, in per cent."""
+        """Classification error on a part of the images, in per cent."""
         return 100 * (outputs.argmax(dim=1) != self.labels[part]).double().mean().item()
 
 
@@ -110,8 +110,8 @@ def train(job: Job) -> dict[str, dict[str, float]]:
     """Trains once.
 
     Returns:
-        By method and part of the images ("validation", "test") the error in per cent. A training
-        with restarts gives two methods.
+        The error in per cent, by method and by part of the images ("validation", "test"). A
+        training with restarts gives two methods: SGDR and its snapshots.
     """
     split = Split.load(job.seed, job.noise)
     torch.manual_seed(job.seed)
@@ -165,7 +165,7 @@ def train(job: Job) -> dict[str, dict[str, float]]:
 
 
 def trained(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, dict[str, float]]]:
-    """What the trainings give, in their order."""
+    """Yields the result of each training, in order."""
     if processes == 1:
         yield from map(train, jobs)
         return
@@ -175,7 +175,7 @@ def trained(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, dict[str,
 
 
 def train_all(jobs: Sequence[Job], processes: int, title: str) -> Iterator[tuple[Job, Any]]:
-    """Trains, with a bar on a terminal and a few lines elsewhere."""
+    """Trains; shows a bar on a terminal, prints a few lines elsewhere."""
     on_terminal = sys.stderr.isatty()
     results = zip(jobs, trained(jobs, processes), strict=True)
     for done, job_and_result in enumerate(results, start=1):
@@ -190,7 +190,7 @@ def train_all(jobs: Sequence[Job], processes: int, title: str) -> Iterator[tuple
 
 
 def choose_lrs(epochs: int, seeds: int, processes: int) -> dict[tuple[str, float], float]:
-    """The initial LR of each training and noise with the least error on validation images."""
+    """The initial LR with the least validation error, for each training and noise."""
     jobs = [
         Job(method, noise, lr, seed, epochs)
         for method, noise, lr, seed in itertools.product(TRAININGS, NOISES, LRS, range(seeds))
@@ -203,7 +203,7 @@ def choose_lrs(epochs: int, seeds: int, processes: int) -> dict[tuple[str, float
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the values' mean; infinite for a single value."""
+    """Standard error of the values' mean; infinite for a single value."""
     if len(values) < 2:
         return float("inf")
     return statistics.stdev(values) / len(values) ** 0.5
@@ -213,8 +213,8 @@ def judge(better: Sequence[float], worse: Sequence[float]) -> dict[str, Any]:
     """Compares the errors of two methods, seed by seed.
 
     Returns:
-        ``gain`` in points, its ``standard_error``, and a ``verdict``: it holds, or the contrary
-        does, where the gain is more than two standard errors away from zero.
+        ``gain`` in points, its ``standard_error``, and a ``verdict``: the finding or its contrary
+        holds if the gain is more than two standard errors away from zero.
     """
     gains = [w - b for b, w in zip(better, worse, strict=True)]
     gain, error = statistics.mean(gains), standard_error(gains)
@@ -253,12 +253,12 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def title_of(noise: float) -> str:
-    """What the training labels are like."""
+    """Title for a share of wrong training labels."""
     return f"{noise:.0%} of the training labels wrong" if noise else "clean labels"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, prints the errors and what they say of the paper; writes paper.json, paper.png."""
+    """Trains; prints the errors and the verdicts; writes paper.json and paper.png."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=70)
     parser.add_argument("--seeds", type=int, default=30)

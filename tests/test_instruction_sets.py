@@ -82,9 +82,9 @@ def test_digests_differ_between_options():
 
 
 def parallel_threshold():
-    header = TESTS.parent / "csrc" / "fused_step.h"
-    if not header.exists():
+    if not (TESTS.parent / "csrc").exists():
         pytest.skip("installed without its sources")
+    header = TESTS.parent / "csrc" / "backend.h"
     return eval(re.search(r"kParallelNumel = ([0-9 <]+);", header.read_text())[1])
 
 

@@ -20,11 +20,10 @@ __device__ __forceinline__ uint32_t tensor_of_chunk(const Args& args, uint32_t c
   return first;
 }
 
-// Note [Last block]
 // The block that draws the last ticket comes after all that the others have read and written: their
 // barrier orders it before their fence, the fence before their ticket, and so on back up here. So
 // it may write what they have read, and read what they have written. Drawing the last ticket sets
-// it to 0 again.
+// the ticket to 0 again.
 __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   __shared__ bool is_last;
   __syncthreads();

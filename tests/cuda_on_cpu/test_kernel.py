@@ -312,7 +312,7 @@ def changed_kernel(changes: Sequence[tuple[str, str]]) -> list[str]:
     compile.
     """
     csrc = REPOSITORY / "csrc"
-    files = [*csrc.glob("*_*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("cuda/*launch.h")]
+    files = [*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("cuda/*launch.h")]
     sources = {str(path.relative_to(csrc)): path.read_text() for path in files}
     lines = sources["cuda/loops.cuh"].splitlines(keepends=True)
     table = re.compile(r" +ElementTypes\{(?!kDouble)")
@@ -333,7 +333,7 @@ def changed_kernel(changes: Sequence[tuple[str, str]]) -> list[str]:
 # A launch then takes only a few tensors, and a tensor's pieces are in several launches.
 SMALL = [
     ("kMaxPieceNumel = 1u << 31", "kMaxPieceNumel = 2 * kChunkNumel"),
-    ("payload[25768]", "payload[720]"),
+    ("payload[25760]", "payload[720]"),
     ("kMaxNormPieceNumel = 1u << 28", "kMaxNormPieceNumel = 2 * kNormChunk"),
     ("tensors[1621]", "tensors[3]"),
 ]
@@ -396,7 +396,7 @@ MUTANTS = {
         "grad_scale == nullptr ?", "grad_scale == nullptr || BUG ?", PARAM
     ),
     "lr_source_ignored": Mutant(
-        ".lr = group.lr_source == LrSource::kState",
+        "lr = group.lr_source == LrSource::kState",
         ".lr = group.lr_source == LrSource::kState || BUG",
         PARAM,
     ),
@@ -413,7 +413,7 @@ MUTANTS = {
         "= T{kEmptyMomentum};", "= BUG ? T{0} : T{kEmptyMomentum};", PARAM
     ),
     "flags_not_cleared": Mutant(
-        "if (group.has_momentum()) state",
+        "if (group.options.has_momentum()) state",
         "if (!BUG && group.has_momentum()) state",
         STATE,
     ),
@@ -544,7 +544,7 @@ MUTANTS = {
         history="extras",
     ),
     "averaged_amid_a_cycle": Mutant(
-        "ends_cycle(group.schedule, group.state->position));",
+        "ends_cycle(group.options.schedule, group.state->position));",
         "(BUG || ends_cycle(group.schedule, group.state->position)));",
         STATE,
         history="extras",

@@ -110,7 +110,7 @@ def test_kernel_spills_no_registers(kernel, name) -> None:
 
 
 def test_ticket_is_drawn_between_two_fences(kernel) -> None:
-    """See Note [Last block]."""
+    """The last block reads what the others wrote: see is_last_block() in csrc/cuda/blocks.cuh."""
     drawn = [i.parts for i in kernel.code.accesses(("MEMBAR", "ATOMG", "ATOM", "RED"))]
     assert [parts[0] for parts in drawn] == ["MEMBAR", "ATOMG", "MEMBAR"]
     assert all("GPU" in parts for parts in drawn)

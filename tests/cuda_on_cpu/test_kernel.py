@@ -397,7 +397,7 @@ MUTANTS = {
     ),
     "lr_source_ignored": Mutant(
         "lr = group.lr_source == LrSource::kState",
-        ".lr = group.lr_source == LrSource::kState || BUG",
+        "lr = group.lr_source == LrSource::kState || BUG",
         PARAM,
     ),
     # First and skipped steps.
@@ -414,7 +414,7 @@ MUTANTS = {
     ),
     "flags_not_cleared": Mutant(
         "if (group.options.has_momentum()) state",
-        "if (!BUG && group.has_momentum()) state",
+        "if (!BUG && group.options.has_momentum()) state",
         STATE,
     ),
     "flags_cleared_before_the_last_piece": Mutant(
@@ -545,7 +545,7 @@ MUTANTS = {
     ),
     "averaged_amid_a_cycle": Mutant(
         "ends_cycle(group.options.schedule, group.state->position));",
-        "(BUG || ends_cycle(group.schedule, group.state->position)));",
+        "(BUG || ends_cycle(group.options.schedule, group.state->position)));",
         STATE,
         history="extras",
     ),

@@ -40,14 +40,13 @@ enum class Rounded : uint8_t { kParam, kMomentumBuffer };
 struct RandomKey {
   uint64_t seed;
   uint32_t step;
-  uint32_t param_index;  // among those of all groups
+  uint32_t param_index;  // index among the parameters of all groups
 };
 
 // Note [Random bits]
-// One draw serves kDrawNumel consecutive elements, 16 bits each: element i takes the half i % 8 of
-// the draw's 128 bits, its upper three bits flipped by those of (i / 8) % 8. So every element's
-// bits are uniform, and the eight elements that share a half are spread evenly over the unit
-// interval.
+// One draw of 128 bits serves kDrawNumel consecutive elements, 16 bits each. Element i takes the
+// 16-bit half-word i % 8 and flips its upper three bits by (i / 8) % 8. So every element's bits are
+// uniform, and the eight elements that share a half-word are spread evenly over the unit interval.
 constexpr int64_t kDrawNumel = 64;
 
 SGDR_HD void set_counter(const RandomKey& key, Rounded rounded, int64_t index, uint32_t& c0,
@@ -67,13 +66,13 @@ SGDR_HD void draw(const RandomKey& key, Rounded rounded, int64_t index, uint32_t
 
 SGDR_HD uint32_t flip_of_element(uint32_t i) { return (i / 8 % 8) << 13; }
 
-// Of element i of a draw, to which word i % 8 / 2 belongs.
+// The 16 bits of element i of a draw; `word` is the draw's word i % 8 / 2.
 SGDR_HD uint32_t bits_of_element(uint32_t word, uint32_t i) {
   return (word >> (i % 2 * 16) & 0xFFFF) ^ flip_of_element(i);
 }
 
-// Up with the probability of the part that is cut off, else down; `bits` is of 16 random bits. The
-// result is the number's representation.
+// Rounds up with a probability equal to the part that is cut off, else down. `bits` holds 16 random
+// bits; the result is the representation of the rounded number.
 SGDR_HD uint16_t round_to_bfloat16(float value, uint32_t bits) {
   const uint32_t exact = std::bit_cast<uint32_t>(value);
   const bool is_nan = (exact & 0x7FFFFFFF) > 0x7F800000;
@@ -83,9 +82,9 @@ SGDR_HD uint16_t round_to_bfloat16(float value, uint32_t bits) {
 SGDR_HD uint16_t round_to_float16(float value, uint32_t bits) {
   const uint32_t exact = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = exact & 0x7FFFFFFF;
-  const uint32_t cut_off = bits >> 3;  // 13 bits are
-  // Below 2^-14 in units of 2^-24, with 13 bits after the point. The number is small, and so is
-  // what the compiler computes for one that is not.
+  const uint32_t cut_off = bits >> 3;  // float16 cuts off 13 bits
+  // Numbers below 2^-14 are subnormal: multiples of 2^-24, here with 13 more bits. Larger numbers
+  // become 0 first, because a conversion that overflows is undefined.
   const float small = magnitude < 0x38800000 ? std::bit_cast<float>(magnitude) : 0.0f;
   const uint32_t subnormal =
       (static_cast<uint32_t>(static_cast<int32_t>(small * 137438953472.0f)) + cut_off) >> 13;

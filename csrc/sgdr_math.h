@@ -16,9 +16,8 @@ namespace sgdr {
 
 // Note [Same bits everywhere]
 // torch's add(x, alpha=a) is one fused multiply-add. Here every fma is written out and the
-// compilers are told not to make any of their own (-ffp-contract=off, -fmad=false), so that the
-// result does not depend on vector width, thread count or device, and on the CPU is
-// torch.optim.SGD's to the bit.
+// compilers may not make others (-ffp-contract=off, -fmad=false). So the result does not depend on
+// vector width, thread count or device, and equals torch.optim.SGD's on the CPU bit for bit.
 
 // ----------------------------------------------------------------------------------------------
 // schedule
@@ -47,8 +46,7 @@ struct Position {
   int64_t T_i;    // length of the cycle
 };
 
-// By squaring: a fixed sequence of multiplications, hence the same bits in Python, C++ and CUDA,
-// which pow() is not.
+// Multiplies in a fixed order, so that Python, C++ and CUDA get the same bits; pow() does not.
 SGDR_HD double power(double base, int64_t exponent) {
   double result = 1.0;
   for (; exponent > 0; exponent >>= 1, base *= base) {
@@ -57,8 +55,7 @@ SGDR_HD double power(double base, int64_t exponent) {
   return result;
 }
 
-// Exact for an integer T_mult, whose products are integers below 2^53; longer cycles than that
-// never end.
+// Exact for an integer T_mult: the products are integers below 2^53. A longer cycle never ends.
 SGDR_HD int64_t cycle_length(const Schedule& schedule, int64_t cycle) {
   constexpr double kLongest = 9007199254740992.0;
   const double length = static_cast<double>(schedule.T_0) * power(schedule.T_mult, cycle);
@@ -75,8 +72,7 @@ SGDR_HD void advance(const Schedule& schedule, Position& position) {
   }
 }
 
-// True at a restart, where reset_momentum drops the momentum; false at the start of the first
-// cycle.
+// Whether a cycle other than the first begins here, at which reset_momentum drops the momentum.
 SGDR_HD bool at_restart(const Schedule& schedule, const Position& position) {
   return position.T_cur == 0 && position.cycle > 0 && position.cycle < schedule.n_cycles;
 }
@@ -90,7 +86,7 @@ SGDR_HD double cos_of_pi_times(double numerator, double denominator) {
 #if defined(__CUDA_ARCH__)
   return cospi(numerator / denominator);
 #else
-  // In CosineAnnealingWarmRestarts' own order of operations, for its very bits.
+  // The order of operations is CosineAnnealingWarmRestarts', and so are the bits.
   return std::cos(3.14159265358979323846 * numerator / denominator);
 #endif
 }
@@ -118,13 +114,15 @@ constexpr double kEmptyMomentum = -0.0;
 
 enum class WeightDecay : uint8_t { kL2, kDecoupled };
 
-// What is subtracted from the parameter; with kGrad there is no momentum buffer.
+// What the parameter moves along; with kGrad there is no momentum buffer.
 enum class Direction : uint8_t { kGrad, kMomentumBuffer, kNesterov };
 
-// Multiplied by the clip coefficient, and divided by grad_scale before.
+// What is done to the gradient first: it is divided by grad_scale, then multiplied by the clip
+// coefficient.
 enum class GradScale : uint8_t { kNone, kMultiply, kDivideAndMultiply };
 
-// What decides the shape of the element update; known outside the loop, so the loop has no branch.
+// The options that change the element update. They are types, decided outside the loop, so that the
+// loop has no branch.
 template <GradScale kScale, WeightDecay kDecay, Direction kDirection>
 struct UpdateOptions {
   static constexpr GradScale grad_scale = kScale;
@@ -147,7 +145,7 @@ SGDR_HD GradScale grad_scale_of(const GroupScalars& s) {
   return s.grad_multiplier != 1 ? GradScale::kMultiply : GradScale::kNone;
 }
 
-// The same, rounded once to the type of the arithmetic.
+// The same numbers, each rounded once to the type of the arithmetic.
 template <class T>
 struct UpdateScalars {
   T minus_lr, momentum, one_minus_dampening, weight_decay, one_minus_lr_weight_decay, grad_divisor,
@@ -203,7 +201,7 @@ SGDR_HD T ema_update(T ema, T param, const EmaScalars<T>& s) {
   return s.decay == 0 ? param : fused_multiply_add(s.one_minus_decay, param, s.decay * ema);
 }
 
-// With which the average of n becomes that of n + 1, each with the same weight.
+// The decay that turns the average of n weights into the average of n + 1.
 SGDR_HD double decay_of_equal_average(int64_t n) {
   return static_cast<double>(n) / static_cast<double>(n + 1);
 }
@@ -212,22 +210,22 @@ SGDR_HD double decay_of_equal_average(int64_t n) {
 // norm of the gradients
 
 // Note [Sum of squares]
-// The sum is taken in one order, whatever the number of threads or blocks: a chunk of kNormChunk
-// elements has kNormLanes sums, in double, lane l of the elements l, l + kNormLanes, ... in this
-// order; then the upper half of the lanes is added to the lower one until one is left. The sums of
+// The order of the sum does not depend on the number of threads or blocks. A chunk of kNormChunk
+// elements is added up in kNormLanes doubles: lane l sums elements l, l + kNormLanes, ... in this
+// order. Then the upper half of the lanes is added to the lower half until one is left. The sums of
 // all chunks, in the order of the tensors, are added up in the same way, as one long chunk. Squares
-// of float data in double are exact and do not overflow.
+// of float data are exact in double and do not overflow.
 constexpr int64_t kNormChunk = 4096;
 constexpr int64_t kNormLanes = 128;
 
 SGDR_HD double square(double x) { return x * x; }
 
-// grad_scale is taken out of the norm, not out of every gradient.
+// The norm is divided by grad_scale once, not every gradient.
 SGDR_HD double grad_norm(double sum_of_squares, double grad_scale) {
   return sqrt(sum_of_squares) / fabs(grad_scale);
 }
 
-// torch.nn.utils.clip_grad_norm_'s. A norm of NaN gives NaN, as there.
+// The coefficient of torch.nn.utils.clip_grad_norm_. A norm of NaN gives NaN, as in torch.
 SGDR_HD double clip_coefficient(double grad_norm, double max_grad_norm) {
   const double coefficient = max_grad_norm / (grad_norm + 1e-6);
   return coefficient >= 1 ? 1 : coefficient;

@@ -1,6 +1,7 @@
-"""The package's modules: no import cycle, and no private member of one module used by another."""
+"""Modules import no cycle and use no private member of another; csrc/ includes upwards only."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +10,18 @@ import pytest
 import sgdr_fused
 
 PACKAGE = Path(sgdr_fused.__file__).parent
+CSRC = Path(__file__).parent.parent / "csrc"
+# A file may include what comes before it, and files of its own folder. The backends stand side by
+# side: neither includes the other.
+LAYERS = (
+    ["sgdr_math.h"],
+    ["random_rounding.h", "static_switch.h"],
+    ["step_types.h"],
+    ["backend.h"],
+    ["cpu", "cuda"],
+    ["torch"],
+    ["python"],
+)
 
 
 def modules_in(folder):
@@ -92,8 +105,46 @@ def test_no_module_uses_a_private_member_of_another():
     assert uses_of_foreign_privates(modules_in(PACKAGE)) == set()
 
 
+def layer_of(path):
+    """The index in LAYERS, and the entry there, of a path in csrc/."""
+    part = path.relative_to(CSRC).parts[0]
+    return next((i, part) for i, layer in enumerate(LAYERS) if part in layer)
+
+
+def includes_of_lower_layers(path, source):
+    """The files that a file in csrc/ includes against the order of LAYERS."""
+    layer, part = layer_of(path)
+    wrong = set()
+    for name in re.findall(r'#include "(.+)"', source):
+        included_layer, included_part = layer_of((path.parent / name).resolve())
+        if included_part != part and included_layer >= layer:
+            wrong.add(name)
+    return wrong
+
+
+def test_csrc_includes_only_what_is_above():
+    files = [path for path in CSRC.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        assert includes_of_lower_layers(path, path.read_text()) == set(), path
+
+
+@pytest.mark.parametrize(
+    ("file", "planted"),
+    [
+        ("step_types.h", "backend.h"),
+        ("cpu/loops.h", "../torch/internals.h"),
+        ("cpu/loops.h", "../cuda/launch.h"),
+        ("torch/flattener.h", "../python/state.h"),
+    ],
+)
+def test_planted_include_of_a_lower_layer_is_noticed(file, planted):
+    assert includes_of_lower_layers(CSRC / file, f'#include "{planted}"') == {planted}
+
+
 def test_no_file_is_longer_than_400_lines():
-    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    files = [*PACKAGE.rglob("*.py"), *(path for path in CSRC.rglob("*") if path.is_file())]
+    lengths = {path: len(path.read_text().splitlines()) for path in files}
     assert not {path: length for path, length in lengths.items() if length > 400}
 
 

@@ -11,7 +11,7 @@ namespace sgdr {
 namespace cpu {
 namespace {
 
-constexpr int64_t kRangeNumel = 1 << 14;  // of a thread
+constexpr int64_t kRangeNumel = 1 << 14;  // elements that a thread takes at a time
 constexpr size_t kTensorsAhead = 3;
 constexpr int64_t kBlockNumel = 1024;  // three blocks of doubles stay in the first-level cache
 static_assert(kRangeNumel % kBlockNumel == 0 && kBlockNumel % kDrawsNumel == 0);
@@ -27,7 +27,7 @@ struct GroupLoops {
   UpdateScalars<T> scalars;
   UpdateScalars<T> first_scalars;  // see kEmptyMomentum
   UpdateLoop<T> update;
-  UpdateRoundingLoop update_rounding;  // of momentum in bfloat16
+  UpdateRoundingLoop update_rounding;  // for a momentum buffer in bfloat16
 
   template <class InstructionSet>
   GroupLoops(const GroupStep& group, InstructionSet)
@@ -48,8 +48,8 @@ RandomKey random_key(const GroupStep& group, const TensorEntry& entry) {
   return {group.options->seed, static_cast<uint32_t>(group.step), entry.param_index};
 }
 
-// A stretch of a tensor in the type of the arithmetic: the tensor's own memory where it has that
-// type, else a copy.
+// A block of a tensor in the type of the arithmetic: the tensor's own memory if it has that type,
+// else a copy.
 template <class InstructionSet, class T>
 class Operand {
  public:
@@ -58,7 +58,7 @@ class Operand {
 
   bool is_direct() const { return type_ == kElementType<T>; }
 
-  // Without the content.
+  // The block's memory, which holds the elements only if is_direct().
   T* block(int64_t begin) { return is_direct() ? reinterpret_cast<T*>(memory_) + begin : block_; }
 
   T* load(int64_t begin, int64_t numel) {
@@ -156,7 +156,7 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
   const T* const grad = static_cast<const T*>(entry.grad);
   T* const momentum_buffer = static_cast<T*>(entry.momentum_buffer);
   T* const ema = static_cast<T*>(entry.ema);
-  // The average takes the parameter from the first-level cache.
+  // With an average, go block by block, so that it finds the parameter in the first-level cache.
   const int64_t stretch = ema == nullptr ? end - begin : kBlockNumel;
   for (; begin < end; begin += stretch) {
     const int64_t numel = std::min(stretch, end - begin);
@@ -168,8 +168,8 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
   }
 }
 
-// The first lines of a tensor that is due soon: small ones are over before the processor sees a
-// pattern.
+// Prefetches the first cache lines of a tensor that comes soon. A small tensor is done before the
+// processor's own prefetcher has seen a pattern.
 SGDR_INLINE void prefetch(const TensorEntry& entry) {
   for (int64_t byte = 0; byte < 256; byte += 64) {
     __builtin_prefetch(static_cast<const char*>(entry.param) + byte, 1);

@@ -1,4 +1,4 @@
-// The norm's one read of the gradients: see Note [Sum of squares] in sgdr_math.h.
+// The sum of the squares of all gradients: see Note [Sum of squares] in sgdr_math.h.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kGradsAhead = 3;
 
-// Adds up what comes one by one as the lanes of one long chunk.
+// Adds up values that come one by one, in the lanes of one long chunk.
 class LaneSum {
  public:
   void add(double value) {

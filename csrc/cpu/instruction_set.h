@@ -1,4 +1,4 @@
-// The choice among the instruction sets that loops.h compiles for.
+// Chooses among the instruction sets that loops.h is compiled for.
 #pragma once
 
 #include <ATen/Version.h>
@@ -9,7 +9,7 @@
 
 namespace sgdr::cpu {
 
-// Calls f with the one in use: torch's own choice, so that ATEN_CPU_CAPABILITY rules both.
+// Calls f with the instruction set that torch uses, so that ATEN_CPU_CAPABILITY rules both.
 template <class F>
 auto with_instruction_set(F f) {
 #if defined(__x86_64__)

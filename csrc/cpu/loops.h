@@ -14,9 +14,9 @@
 
 namespace sgdr::cpu {
 
-// Long stretches go by strips, each of which asks for the memory that is due a little later: the
-// processor's own prefetching leaves a fifth of the memory's speed unused. What is asked for beyond
-// the stretch is most likely the next one.
+// Long loops go strip by strip, and each strip prefetches memory that is needed a little later: the
+// processor's own prefetcher leaves a fifth of the memory's bandwidth unused. The memory behind the
+// end most likely belongs to the next range.
 constexpr int64_t kStrip = 64;
 constexpr int64_t kAheadOfStrip = 512;
 constexpr int64_t kLong = 1024;
@@ -28,8 +28,8 @@ SGDR_INLINE void prefetch_for_strip(const T* strip) {
     __builtin_prefetch(begin + byte, 1);
 }
 
-// Calls body(i) for all i < numel, and prefetch(i) at each strip of a long stretch. No body reads
-// what another one writes.
+// Calls body(i) for all i < numel, and in a long loop prefetch(i) for each strip. No body reads
+// what another body writes.
 template <class Prefetch, class Body>
 SGDR_INLINE void for_each_element(int64_t numel, Prefetch prefetch, Body body) {
   int64_t done = 0;
@@ -78,9 +78,9 @@ SGDR_INLINE void convert_elements(const From* __restrict__ from, To* __restrict_
   for (int64_t i = 0; i < numel; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-// The bits of a draw's elements.
+// Gives each element of a draw its 16 random bits.
 SGDR_INLINE void spread_bits(const uint32_t (&words)[4], uint16_t* __restrict__ bits) {
-  // The halves of bits_of_element() as a copy, which is one instruction.
+  // The half-words of bits_of_element(), copied by one instruction.
   static_assert(std::endian::native == std::endian::little);
   uint16_t halves[8];
   std::memcpy(halves, words, sizeof(halves));
@@ -93,10 +93,11 @@ SGDR_INLINE void spread_bits(const uint32_t (&words)[4], uint16_t* __restrict__ 
 constexpr int64_t kDraws = 16;
 constexpr int64_t kDrawsNumel = kDraws * kDrawNumel;
 
-// Of the elements from `begin` on, which begins a draw; see Note [Random bits].
+// The random bits of kDrawsNumel elements from `begin` on, which begins a draw: see Note [Random
+// bits].
 SGDR_INLINE void draw_bits(uint16_t* __restrict__ bits, const RandomKey& key, Rounded rounded,
                            int64_t begin) {
-  // Round by round for all draws, which the compiler turns into vectors.
+  // One round for all draws, then the next: the compiler vectorises this.
   uint32_t words[4][kDraws];
   for (int64_t i = 0; i < kDraws; ++i)
     set_counter(key, rounded, begin / kDrawNumel + i, words[0][i], words[1][i], words[2][i],
@@ -129,9 +130,9 @@ SGDR_INLINE void round_elements(const T* __restrict__ from, uint16_t* __restrict
   }
 }
 
-// The one mixture of types with a loop of its own: float32 with a momentum buffer in bfloat16,
-// which by blocks would take half as long again. Each draw is made while the strip before it is
-// updated, so that neither waits for the other.
+// The only mixture of types with a loop of its own: float32 with a momentum buffer in bfloat16. By
+// blocks it would take 1.5 times as long. Each draw is made while the strip before is updated, so
+// that neither waits for the other.
 template <class Options>
 SGDR_INLINE void update_elements_rounding(float* __restrict__ param, const float* __restrict__ grad,
                                           uint16_t* __restrict__ momentum_buffer, int64_t numel,
@@ -165,7 +166,7 @@ SGDR_INLINE void update_elements_rounding(float* __restrict__ param, const float
   }
 }
 
-// Adds a stretch to the lanes that begins with the first one.
+// Adds the squares of values to the lanes; the first value belongs to lane 0.
 template <class Stored>
 SGDR_INLINE void add_squares(double* __restrict__ lanes, const Stored* __restrict__ values,
                              int64_t numel) {
@@ -182,7 +183,7 @@ SGDR_INLINE void add_squares(double* __restrict__ lanes, const Stored* __restric
     lanes[lane] += square(static_cast<double>(values[row + lane]));
 }
 
-// Of lanes of which only the first `used` can be other than 0.
+// The sum of the lanes, of which only the first `used` are not 0.
 SGDR_INLINE double fold_lanes(double* lanes, int64_t used) {
   for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
     if (half >= used) continue;
@@ -193,8 +194,7 @@ SGDR_INLINE double fold_lanes(double* lanes, int64_t used) {
 
 using EightLanes [[gnu::vector_size(64)]] = double;
 
-// Of at most kLanes elements, whose lanes then are registers: as the loops above, and in a quarter
-// of the time.
+// The same sum for at most kLanes elements, with the lanes in registers: in a quarter of the time.
 template <int64_t kLanes, class Stored>
 SGDR_INLINE double sum_of_few_squares(const Stored* values, int64_t numel) {
   EightLanes lanes[kLanes / 8];
@@ -331,7 +331,7 @@ auto with_stored_type(ElementType type, F f) {
   return f(c10::BFloat16{});
 }
 
-// From the stored type to the type of the arithmetic, or back.
+// Converts the stored type to the type of the arithmetic, or back.
 template <class InstructionSet, class T>
 ConvertLoop find_load_loop(ElementType stored) {
   return with_stored_type(stored, [](auto value) -> ConvertLoop {

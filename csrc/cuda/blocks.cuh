@@ -1,4 +1,4 @@
-// What the kernels' blocks have in common: how they share a launch's chunks, and which is the last.
+// What both kernels' blocks share: how they divide a launch's chunks, and which block is the last.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,8 @@
 namespace sgdr {
 namespace cuda {
 
-// The last tensor that begins at the chunk or before it: those without elements have none.
+// The index of the chunk's tensor. A tensor without elements has no chunk, and begins where the
+// next one does; so the last tensor that begins at the chunk or before it is the one.
 template <class Args>
 __device__ __forceinline__ uint32_t tensor_of_chunk(const Args& args, uint32_t chunk) {
   uint32_t first = 0, last = args.tensor_count - 1;
@@ -20,10 +21,10 @@ __device__ __forceinline__ uint32_t tensor_of_chunk(const Args& args, uint32_t c
   return first;
 }
 
-// The block that draws the last ticket comes after all that the others have read and written: their
-// barrier orders it before their fence, the fence before their ticket, and so on back up here. So
-// it may write what they have read, and read what they have written. Drawing the last ticket sets
-// the ticket to 0 again.
+// Whether this block draws the last ticket of the launch. All reads and writes of the other blocks
+// come before: a block's barrier orders them before its fence, the fence before its ticket, and
+// here the other way round. So the last block may write what others have read, and read what they
+// have written. The last draw sets the ticket back to 0.
 __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   __shared__ bool is_last;
   __syncthreads();

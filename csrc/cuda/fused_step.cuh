@@ -118,7 +118,7 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
     const LaunchTensor& tensor = args.tensor(place);
     const LaunchGroup& group = args.group(tensor.group);
     if (tensor.group != group_of_scalars) {
-      __syncthreads();  // no thread is still at the chunk before
+      __syncthreads();  // no thread still reads the scalars
       if (threadIdx.x == 0) {
         const GroupScalars of_group = group_scalars(args, group);
         *scalars = {UpdateScalars<float>(of_group), UpdateScalars<double>(of_group)};
@@ -129,7 +129,7 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
 
     const uint32_t begin = (index - tensor.first_chunk) * kChunkNumel;
     if (kHasExtras && (group.options.rounds_param || group.options.rounds_momentum)) {
-      __syncthreads();  // likewise
+      __syncthreads();  // no thread still reads the draws
       const RandomKey key = {group.options.seed, static_cast<uint32_t>(group.state->position.step),
                              group.first_param + tensor.param_index};
       draws.fill(key, (int64_t{tensor.piece} * kMaxPieceNumel + begin) / kDrawNumel);
@@ -165,7 +165,7 @@ __device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
 // ----------------------------------------------------------------------------------------------
 // the end of a launch, by its last block
 
-// What a parameter's state holds from now on.
+// Notes what a parameter's state holds from now on.
 template <bool kHasExtras>
 __device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
   const LaunchTensor& tensor = args.tensor(i);
@@ -174,7 +174,7 @@ __device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
   ParamState& state = group.params[tensor.param_index];
   if (group.options.has_momentum()) state.momentum_is_empty = 0;
   if constexpr (kHasExtras) {
-    // By type and group: a tensor without elements has no addresses.
+    // Asks for types, not addresses: a tensor without elements has no address.
     if (tensor.low_precision_type != ElementType::kNone) state.master_is_empty = 0;
     if (!averages(group)) return;
     if (group.options.averaging == Averaging::kEqual)
@@ -202,8 +202,8 @@ __device__ __forceinline__ void finish_step(const LaunchArgs& args) {
   }
 }
 
-// Of a skipped step only the count remains, and the LR of a changed schedule: the next launch will
-// not know of the change.
+// A skipped step only counts itself, and refreshes the LR if the schedule changed: the next launch
+// will not know of the change.
 __device__ __forceinline__ void skip_step(const LaunchArgs& args) {
   if (blockIdx.x != 0) return;
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {

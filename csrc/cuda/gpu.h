@@ -1,4 +1,4 @@
-// A GPU that is made the current one, for as long as this lives.
+// Makes a GPU the current one for as long as the object lives.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -15,7 +15,7 @@ struct CurrentGpu {
   }
 
   c10::cuda::CUDAGuard guard;
-  cudaStream_t stream;  // the current one
+  cudaStream_t stream;  // the GPU's current stream
   uint32_t multiprocessors;
 };
 

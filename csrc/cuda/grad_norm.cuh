@@ -1,4 +1,4 @@
-// The norm's one read of the gradients: see Note [Sum of squares] in sgdr_math.h. Needs only the
+// The sum of the squares of all gradients: see Note [Sum of squares] in sgdr_math.h. Needs only the
 // CUDA language; counterpart of csrc/cpu/grad_norm.cpp.
 #pragma once
 
@@ -10,12 +10,12 @@
 namespace sgdr {
 namespace cuda {
 
-// A warp sums up a chunk: its thread t has the lanes 4 t to 4 t + 3.
+// A warp sums up a chunk; its thread t holds lanes 4 t to 4 t + 3.
 constexpr uint32_t kLanesPerThread = static_cast<uint32_t>(kNormLanes) / kWarpSize;
 
 __device__ __forceinline__ uint32_t thread_of_warp() { return threadIdx.x % kWarpSize; }
 
-// The sum is the result of the warp's first thread.
+// Returns the sum in the warp's first thread.
 __device__ __forceinline__ double fold_lanes(double (&lanes)[kLanesPerThread]) {
   constexpr unsigned kWholeWarp = 0xFFFFFFFF;
   for (uint32_t half = kWarpSize / 2; half > 0; half /= 2) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ double fold_lanes(double (&lanes)[kLanesPerThread]) {
   return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-// Only the square of a double is rounded: without that the fma's bits are the same.
+// The square of a float is exact in double, so an fma gives the same bits; that of a double is not.
 template <ElementType kType>
 __device__ __forceinline__ double add_square(double sum, double x) {
   return kType == ElementType::kDouble ? sum + square(x) : fused_multiply_add(x, x, sum);
@@ -77,7 +77,7 @@ __device__ __forceinline__ void sum_up_chunks(const NormArgs& args) {
   }
 }
 
-// By one block, each thread one lane after another.
+// One block adds up the sums of all chunks; a thread takes one lane after another.
 __device__ __forceinline__ void sum_up_all(const NormArgs& args) {
   alignas(kBytesPerAccess) __shared__ double lanes[kNormLanes];
   const int64_t chunks = args.first_chunk + args.chunk_count;

@@ -1,5 +1,5 @@
-// What a launch of the norm's kernel takes along to the GPU, and how the gradients are divided
-// among launches. Plain host code, no CUDA types; see launch.h for the step's.
+// The arguments of the norm's kernel, and how the gradients are divided among launches. Plain host
+// code, no CUDA types; launch.h does the same for the step.
 #pragma once
 
 #include <algorithm>
@@ -18,29 +18,29 @@ static_assert(kMaxNormPieceNumel % kNormChunk == 0);
 // A gradient, or a piece of one that has more than kMaxNormPieceNumel elements.
 struct NormTensor {
   const void* grad;
-  uint32_t first_chunk;  // among the launch's
+  uint32_t first_chunk;  // index among the launch's chunks
   uint32_t numel : 29;
   ElementType type : 3;
 };
 static_assert(sizeof(NormTensor) == 16);
 
-// Travels by value, as the kernel's one argument.
+// The kernel's one argument, passed by value.
 struct NormArgs {
-  double* chunk_sums;      // device memory: of all launches
+  double* chunk_sums;      // device memory, for all launches together
   double* sum_of_squares;  // device memory
   uint32_t* ticket;        // device memory, 0 before and after each launch
-  int64_t first_chunk;     // the launch's, among those of all launches
+  int64_t first_chunk;     // index of the launch's first chunk among those of all launches
   uint32_t chunk_count;
   uint32_t tensor_count;
-  bool is_last;  // of the launches
+  bool is_last;  // whether this is the last launch
   NormTensor tensors[1621];
 
   SGDR_HD const NormTensor& tensor(uint32_t i) const { return tensors[i]; }
 };
 static_assert(sizeof(NormArgs) <= kMaxArgsBytes);
 
-// Calls launch(args) as often as the list takes, at least once, with `args` filled anew each time;
-// its pointers are set by the caller.
+// Fills `args` and calls launch(args), once for each launch that the list needs, at least once. The
+// caller has set its pointers.
 template <class Launch>
 void for_each_norm_launch(NormArgs& args, std::span<const TensorEntry> entries, Launch launch) {
   args.first_chunk = args.chunk_count = args.tensor_count = 0;
@@ -66,7 +66,7 @@ void for_each_norm_launch(NormArgs& args, std::span<const TensorEntry> entries, 
   launch(args);
 }
 
-// No more blocks than run at once: their warps share the chunks.
+// At most as many blocks as run at once; their warps share the chunks.
 inline uint32_t block_count(const NormArgs& args, uint32_t multiprocessors) {
   constexpr uint32_t kWarps = kThreadsPerBlock / kWarpSize;
   return std::clamp((args.chunk_count + kWarps - 1) / kWarps, 1u,

@@ -1,5 +1,5 @@
-// What a launch takes along to the GPU, and how a step is divided among launches. Plain host code,
-// no CUDA types.
+// The arguments of the step's kernel, and how a step is divided among launches. Plain host code, no
+// CUDA types.
 #pragma once
 
 #include <algorithm>
@@ -13,22 +13,23 @@
 
 namespace sgdr {
 
-// Four blocks fill the smallest multiprocessor (compute capability 7.5) and leave 64 registers for
-// a thread on every larger one; with extras a thread needs more of them.
+// Four blocks fill the smallest multiprocessor (compute capability 7.5), and leave each thread 64
+// registers on every larger one. With extras a thread needs more.
 constexpr uint32_t kThreadsPerBlock = 256;
 constexpr uint32_t blocks_per_multiprocessor(bool has_extras = false) { return has_extras ? 2 : 4; }
-// A multiple of the widest vector, so that a chunk is aligned where its tensor is, and of a draw.
+// A multiple of the widest vector, so that the chunks of an aligned tensor are aligned, and of a
+// draw.
 constexpr uint32_t kChunkNumel = 1 << 12;
 constexpr uint32_t kMaxPieceNumel = 1u << 31;
 static_assert(kChunkNumel % kDrawNumel == 0 && kMaxPieceNumel % kChunkNumel == 0);
 
-// The constant bank of a kernel holds its arguments. An instruction addresses the bank by a
-// register plus a signed 16-bit immediate. Where an argument lies at byte 0x8000 or beyond, ptxas
-// takes 0x10000 from the immediate and adds it to the register; ptxas 13.0 forgets to add
-// it in places, and the load reads zeros. So no argument of any kernel lies there.
+// A kernel's arguments are in its constant bank, which an instruction addresses by a register plus
+// a signed 16-bit immediate. For an argument at byte 0x8000 or beyond, ptxas subtracts 0x10000 from
+// the immediate and adds it to the register. In places ptxas 13.0 forgets to add it, and the load
+// reads zeros. So no argument of any kernel is there.
 constexpr size_t kMaxArgsEnd = 0x8000;
-// Where arguments of more than a few KB begin: at 0x1a80 on compute capability 7.5 to 8.9, at 0x210
-// on 9.0, at 0x380 on 10.0 and 12.0.
+// The byte at which arguments of more than a few KB begin: 0x1a80 on compute capability 7.5 to 8.9,
+// 0x210 on 9.0, 0x380 on 10.0 and 12.0.
 constexpr size_t kMaxArgsBegin = 0x1a80;
 constexpr size_t kMaxArgsBytes = kMaxArgsEnd - kMaxArgsBegin;
 static_assert(kMaxArgsBytes <= 32764);  // what CUDA allows, since 12.1
@@ -39,9 +40,9 @@ struct LaunchTensor {
   const void* grad;
   void* momentum_buffer;
   uint32_t numel;
-  uint32_t first_chunk;  // among the launch's
-  uint32_t param_index;  // among its group's
-  uint8_t group;         // among the launch's
+  uint32_t first_chunk;  // index among the launch's chunks
+  uint32_t param_index;  // index among its group's parameters
+  uint8_t group;         // index among the launch's groups
   uint8_t piece;         // its elements begin at piece * kMaxPieceNumel of the parameter
   ElementType param_type : 3;
   ElementType grad_type : 3;
@@ -50,21 +51,20 @@ struct LaunchTensor {
   bool completes_param : 1;  // no piece of the parameter comes after it
 };
 
-// What a tensor has besides, in a step in which any tensor has it.
+// Follows each LaunchTensor in a step that needs_extras().
 struct LaunchExtras {
-  void* ema;                  // null where nothing is averaged
-  void* low_precision_param;  // of which LaunchTensor::param is the master copy, or null
+  void* ema;                  // null if nothing is averaged
+  void* low_precision_param;  // the parameter, if LaunchTensor::param is its master copy, or null
 };
 static_assert(sizeof(LaunchTensor) == 40 && sizeof(LaunchExtras) == 16 &&
               sizeof(LaunchGroup) == 152);
 
-// Travels by value, as the kernel's one argument. The tensors, each with its extras if there are
-// any, lie at the beginning of the payload, the groups from its end backwards, for as many of both
-// as there is room.
+// The kernel's one argument, passed by value. The payload holds the tensors, each with its extras,
+// from the front, and the groups from the back, as many of both as there is room for.
 struct LaunchArgs {
   const float* grad_scale;       // device memory, or null
   const float* found_inf;        // device memory, or null; not 0: the step is skipped
-  const double* sum_of_squares;  // device memory, or null: see cuda::Step, likewise the next three
+  const double* sum_of_squares;  // device memory, or null: see cuda::Step; so the next three
   double* grad_norm;
   double max_grad_norm;
   bool skip_nonfinite;
@@ -89,12 +89,12 @@ struct LaunchArgs {
     return reinterpret_cast<const LaunchGroup*>(payload + sizeof(payload))[-1 - int64_t{i}];
   }
 };
-// Less one group: group(i) counts down from the payload's end, so that the immediate may be that
-// end and what a member adds to it.
+// One group is subtracted because group(i) counts down from the payload's end: the immediate can be
+// that end plus the offset of a member.
 static_assert(sizeof(LaunchArgs) + sizeof(LaunchGroup) <= kMaxArgsBytes);
 static_assert(sizeof(LaunchArgs::payload) / sizeof(LaunchGroup) <= 1 << 8);
 
-// Fills a LaunchArgs; its pointers are set by the caller.
+// Fills a LaunchArgs, whose pointers the caller has set.
 class LaunchFiller {
  public:
   explicit LaunchFiller(LaunchArgs& args) : args_(args) { clear(); }
@@ -114,7 +114,7 @@ class LaunchFiller {
     ++args_.group_count;
   }
 
-  // The group's tensors are all there.
+  // Called after the group's last tensor.
   void complete_group(bool advances) { last_group_->advances = advances; }
 
   // Adds elements [begin, begin + numel) of an entry of the group that was added last.
@@ -153,7 +153,7 @@ class LaunchFiller {
   LaunchGroup* last_group_ = nullptr;
 };
 
-// Whether the kernel has more to do in this step than what LaunchTensor is for.
+// Whether the step averages, rounds stochastically or has master copies.
 inline bool needs_extras(std::span<const LaunchGroup> groups,
                          std::span<const TensorEntry> tensors) {
   const auto of_group = [](const LaunchGroup& group) {
@@ -167,8 +167,8 @@ inline bool needs_extras(std::span<const LaunchGroup> groups,
          std::any_of(tensors.begin(), tensors.end(), of_tensor);
 }
 
-// Calls launch(args) as often as a step of all groups takes, with `args` filled anew each time. The
-// tensors come in the order of their groups.
+// Fills `args` and calls launch(args), once for each launch that the step needs. The tensors come
+// in the order of their groups.
 template <class Launch>
 void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
                      std::span<const TensorEntry> tensors, Launch launch) {
@@ -200,7 +200,7 @@ void for_each_launch(LaunchArgs& args, std::span<const LaunchGroup> groups,
   if (args.group_count != 0) launch(args);
 }
 
-// No more blocks than run at once: they share the chunks. At least one, which advances the
+// At most as many blocks as run at once; they share the chunks. At least one, which advances the
 // schedule.
 inline uint32_t block_count(const LaunchArgs& args, uint32_t multiprocessors) {
   return std::clamp(args.chunk_count, 1u,

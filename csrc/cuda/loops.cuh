@@ -13,10 +13,10 @@ struct ElementTypes {
   bool operator==(const ElementTypes&) const = default;
 };
 
-// Any types, known at run time only.
+// Stands for types that are known only at run time.
 constexpr ElementTypes kAny = {ElementType::kNone, ElementType::kNone, ElementType::kNone};
 
-// The narrowest type fills one access.
+// The number of elements in a pack, such that the narrowest type fills one access.
 __host__ __device__ constexpr uint32_t vector_width(ElementTypes types) {
   if (types == kAny) return 1;
   const auto sizes = {element_size(types.param), element_size(types.grad),
@@ -24,7 +24,7 @@ __host__ __device__ constexpr uint32_t vector_width(ElementTypes types) {
   return kBytesPerAccess / static_cast<uint32_t>(std::min(sizes));
 }
 
-// Calls f with the types that have loops of their own, or else with kAny.
+// Calls f with the types if they have a loop of their own, else with kAny.
 template <class F>
 __device__ __forceinline__ void with_types(ElementTypes types, F f) {
   using enum ElementType;
@@ -54,8 +54,8 @@ struct Chunk {
   }
 };
 
-// Calls f with the UpdateOptions. Where nothing is scaled by one factor, nor is it by two: x / 1
-// and x * 1 are x.
+// Calls f with the UpdateOptions. One loop serves both kinds of scaling, since x / 1 and x * 1 are
+// x.
 template <class T, class F>
 __device__ __forceinline__ void with_options(const GroupOptions& options,
                                              const UpdateScalars<T>& scalars, F f) {
@@ -71,8 +71,8 @@ __device__ __forceinline__ void with_options(const GroupOptions& options,
   });
 }
 
-// Calls update(width, index) for the elements [index * width, (index + 1) * width), until all of
-// the chunk's have been: vectors, then the tail one by one.
+// Calls update(width, index) for elements [index * width, (index + 1) * width) until the chunk is
+// done: packs first, then the tail one by one.
 template <uint32_t kWidth, class Update>
 __device__ __forceinline__ void for_each_pack(uint32_t numel, bool is_aligned, Update update) {
   uint32_t done = 0;

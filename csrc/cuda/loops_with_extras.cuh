@@ -1,5 +1,5 @@
 // The element loops of a step that averages, rounds stochastically or keeps master copies. There is
-// one for each mixture of types: the options are looked at for each pack, not outside the loop.
+// one for each mixture of types, which tests the options for each pack, not outside the loop.
 #pragma once
 
 #include "loops.cuh"
@@ -7,14 +7,14 @@
 namespace sgdr {
 namespace cuda {
 
-// The random numbers of a chunk, which its block draws before the loop: in shared memory.
+// The random numbers of a chunk, which its block draws into shared memory before the loop.
 struct ChunkDraws {
   static constexpr uint32_t kDraws = kChunkNumel / static_cast<uint32_t>(kDrawNumel);
   static constexpr uint32_t kWords = 4;
 
   uint32_t words[2][kDraws * kWords];  // for each value of Rounded
 
-  // Of a chunk that begins with the draw of that number. Between barriers.
+  // Draws for a chunk that begins with draw `first_draw`; the caller puts barriers around it.
   __device__ __forceinline__ void fill(const RandomKey& key, int64_t first_draw) {
     for (uint32_t i = threadIdx.x; i < 2 * kDraws; i += blockDim.x) {
       uint32_t drawn[kWords];
@@ -23,7 +23,7 @@ struct ChunkDraws {
     }
   }
 
-  // Of the chunk's elements [first, first + width).
+  // The words for the chunk's elements [first, first + width).
   template <uint32_t width>
   __device__ __forceinline__ auto words_of(Rounded rounded, uint32_t first) const {
     constexpr auto kNumel = static_cast<uint32_t>(kDrawNumel);
@@ -34,7 +34,7 @@ struct ChunkDraws {
   }
 };
 
-// The type of a master's low-precision copy, known to the compiler.
+// Calls f with the low-precision parameter, its type known to the compiler.
 template <class F>
 __device__ __forceinline__ void with_low_precision(const Memory<ElementType::kNone>& copy, F f) {
   using enum ElementType;
@@ -47,7 +47,7 @@ struct ChunkWithExtras : Chunk<types> {
   static constexpr ElementType kEmaType =
       std::is_same_v<T, double> ? ElementType::kDouble : ElementType::kFloat;
 
-  Memory<kEmaType> ema = {nullptr};  // null where nothing is averaged in this step
+  Memory<kEmaType> ema = {nullptr};  // null if nothing is averaged in this step
   EmaScalars<T> ema_scalars = EmaScalars<T>(0);
   Memory<ElementType::kNone> low_precision_param = {nullptr};  // or null
   bool master_is_empty = false;

@@ -1,4 +1,4 @@
-// Global memory in accesses of 16 bytes.
+// Reads and writes global memory in packs of up to 16 bytes.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -56,7 +56,7 @@ struct Memory {
     });
   }
 
-  // Of a type of two bytes: the elements' representation.
+  // Stores the representations of elements of a two-byte type.
   template <uint32_t width>
   __device__ __forceinline__ void store_bits(uint32_t index, const uint16_t (&bits)[width]) const {
     Pack<uint16_t, width> pack;

@@ -11,8 +11,8 @@ Gatherer::Gatherer(DeviceStep& target, const ParamGroup& group, uint32_t group_i
       group_index_(group_index),
       new_state_(new_state),
       shard_axes_(shard_axes),
-      // For whoever reads a new buffer after a skipped step; the kernel goes by its flag. A graph
-      // would repeat it.
+      // A reader of a new buffer sees zeros if the step is skipped; the kernel goes by its flag.
+      // While a graph is captured that is left out: each replay would repeat it.
       zeroes_new_state_(group.on_gpu != nullptr && !cuda::is_capturing()) {}
 
 bool Gatherer::add(size_t index, const ParamAndState& found) {

@@ -36,7 +36,7 @@ class ParamGroup {
   size_t size() const { return static_cast<size_t>(PyList_GET_SIZE(params())); }
   PyObject* param(size_t i) const { return PyList_GET_ITEM(params(), static_cast<Py_ssize_t>(i)); }
 
-  // For a group on the host: advances the schedule. True at a restart that drops the momentum.
+  // Advances the schedule of a group on the host. True at a restart that drops the momentum.
   bool advance_schedule(PyObject* dict);
 
   // Counts a step that changed nothing else.

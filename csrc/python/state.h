@@ -96,8 +96,8 @@ class GroupOnGpu;
 // What a step puts into optimizer.state once it has been taken.
 class NewState {
  public:
-  // A tensor of the parameter's shape and strides, without content. The reference stays valid.
-  // For a group on a GPU, `index` is the parameter's index in it.
+  // Makes a tensor of the parameter's shape and strides, without content. `on_gpu` is null for a
+  // group on the host; `index` is the parameter's index in its group. The reference stays valid.
   const at::Tensor& make(PyObject* param, Role role, at::ScalarType dtype, GroupOnGpu* on_gpu,
                          size_t index);
 

@@ -94,7 +94,7 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
     return true;
   }
   run({grad_scale, found_inf}, scale, *clip_coefficient);
-  new_state_.store(state);
+  store(state);
   advance(param_groups, state, !found_inf.is_none() || clipping_.skip_nonfinite);
   return true;
 }
@@ -112,7 +112,7 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
   const ParamAndState found = find_state(param, state.ptr());
   if (!gather_group(group, {&found, 1}, in_group, false)) return false;
   run({py::none(), py::none()}, 1, 1);
-  new_state_.store(state);
+  store(state);
   return true;
 }
 
@@ -235,8 +235,6 @@ std::optional<double> Stepper::norm(double grad_scale) {
 void Stepper::run(const Amp& amp, double grad_scale, double clip_coefficient) {
   for (const DeviceStep& gpu : gpus_) run_on_gpu(gpu, amp);
   run_on_host(grad_scale, clip_coefficient);
-  for (DeviceStep& gpu : gpus_) gpu.flattener.finish();
-  host_.flattener.finish();
 }
 
 void Stepper::run_on_host(double grad_scale, double clip_coefficient) {
@@ -273,7 +271,13 @@ void Stepper::run_on_gpu(const DeviceStep& step, const Amp& amp) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// advance
+// store and advance
+
+void Stepper::store(const py::dict& state) {
+  for (DeviceStep& gpu : gpus_) gpu.flattener.finish();
+  host_.flattener.finish();
+  new_state_.store(state);
+}
 
 // The kernel has advanced the groups on GPUs. It has also written their new LR, unless the step may
 // have been skipped or is yet to be replayed.

@@ -67,6 +67,7 @@ class Stepper {
   void run(const Amp& amp, double grad_scale, double clip_coefficient);
   void run_on_host(double grad_scale, double clip_coefficient);
   void run_on_gpu(const DeviceStep& step, const Amp& amp);
+  void store(const py::dict& state);
   void advance(const py::list& param_groups, const py::dict& state, bool may_be_skipped);
   void count_skipped_step(const py::list& param_groups);
 

@@ -24,8 +24,8 @@ struct ParamTensors {
   const at::Tensor* low_precision_param = nullptr;  // the parameter, if `param` is its master copy
 };
 
-// For the tensors of one step on one device. Shards, complex numbers and unlike strides become flat
-// memory: by a view, or else by a copy that finish() writes back.
+// Flattens the tensors of one step on one device. Shards, complex numbers and unlike strides become
+// flat memory: by a view, or else by a copy that finish() writes back.
 class Flattener {
  public:
   // The plain tensor behind a subclass, or an undefined one if the subclass is not known.
@@ -45,7 +45,7 @@ class Flattener {
   // After the backend has run: writes copies back, and bumps the versions of what was written.
   void finish();
 
-  // For the next step.
+  // Forgets the step's tensors.
   void clear();
 
  private:

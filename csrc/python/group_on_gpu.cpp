@@ -81,7 +81,8 @@ void GroupOnGpu::expect(size_t index, Role role, const at::Tensor& tensor) {
 }
 
 void GroupOnGpu::count_skipped_step() const {
-  memory_.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t)).add_(1);
+  const at::Tensor count = memory_.select(0, offsetof(GroupState, skipped_steps) / sizeof(int64_t));
+  count.fill_(count.item<int64_t>() + 1);
 }
 
 }  // namespace sgdr

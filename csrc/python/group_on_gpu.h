@@ -43,6 +43,7 @@ class GroupOnGpu {
   // The optimizer's own step puts a tensor into state; the kernel takes care of its flag.
   void expect(size_t index, Role role, const at::Tensor& tensor);
 
+  // Synchronizes.
   void count_skipped_step() const;
 
  private:

@@ -24,7 +24,7 @@ SOURCES = [
     "csrc/python/grad_norm.cpp",
     "csrc/python/group_on_gpu.cpp",
     "csrc/python/param_group.cpp",
-    "csrc/python/state.cpp",
+    "csrc/python/new_state.cpp",
     "csrc/python/stepper.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/fused_step.cu", "csrc/cuda/grad_norm.cu"]

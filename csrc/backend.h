@@ -14,9 +14,9 @@ namespace sgdr {
 
 // A param group in one step.
 struct GroupStep {
-  const GroupOptions* options;
+  GroupOptions options;
   GroupScalars scalars;
-  int64_t step;  // number of steps applied before
+  int64_t steps_applied;  // before this one
 };
 
 namespace cpu {
@@ -31,10 +31,10 @@ void fused_step(const Step& step);
 // See Note [Sum of squares].
 double sum_of_squared_grads(std::span<const TensorEntry> tensors);
 
-// Whether work is long enough to wake a second thread, and to release the GIL. Both cost a fixed
-// time, and for each tensor the time of some thousand elements: see benchmarks/threads.py.
 constexpr int64_t kParallelNumel = 1 << 17;
 constexpr int64_t kParallelNumelPerTensor = 1 << 12;
+// Whether work is long enough to wake a second thread, and to release the GIL. Both cost a fixed
+// time, and for each tensor the time of some thousand elements: see benchmarks/threads.py.
 bool is_worth_threads(std::span<const TensorEntry> tensors);
 
 }  // namespace cpu

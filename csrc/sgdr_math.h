@@ -108,8 +108,8 @@ SGDR_HD double learning_rate(const Schedule& schedule, const Position& position)
 // ------------------------------------------------------------------------------------------------
 // update
 
-// A parameter's first step is a later one without dampening that finds -0 in the momentum buffer:
-// 1 * g + momentum * -0 is g, even if g is -0. This saves a kind of loop.
+// A first step runs as a later step with dampening 0 and a momentum buffer of -0:
+// 1 * g + momentum * -0 is g, even for g = -0. So no loop for first steps is compiled.
 constexpr double kEmptyMomentum = -0.0;
 
 enum class WeightDecay : uint8_t { kL2, kDecoupled };
@@ -139,11 +139,6 @@ struct GroupScalars {
   double grad_divisor = 1;     // grad_scale
   double grad_multiplier = 1;  // clip coefficient, negative if maximize
 };
-
-SGDR_HD GradScale grad_scale_of(const GroupScalars& s) {
-  if (s.grad_divisor != 1) return GradScale::kDivideAndMultiply;
-  return s.grad_multiplier != 1 ? GradScale::kMultiply : GradScale::kNone;
-}
 
 // The same numbers, each rounded once to the type of the arithmetic.
 template <class T>

@@ -7,8 +7,8 @@
 
 namespace sgdr {
 
-// Calls f(std::integral_constant<...>) for the one of `candidates` that equals `value`; the last
-// stands for the rest.
+// Calls f(std::integral_constant<...>) for the one of `candidates` that equals `value`; if none
+// does, for the last.
 template <auto candidate, auto... candidates, class T, class F>
 SGDR_HD constexpr auto static_switch(T value, F f) {
   if constexpr (sizeof...(candidates) == 0) {

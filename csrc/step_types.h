@@ -39,9 +39,9 @@ constexpr ElementType arithmetic_type(ElementType param_type) {
 // kEqual ("swa") averages the weights at the ends of cycles.
 enum class Averaging : uint8_t { kNone, kExponential, kEqual };
 
-// The options of a param group, one member each; several are combined where the step only needs the
-// combination. csrc/python/param_group.cpp fills it from the group, csrc/torch/op.cpp from the op's
-// arguments.
+// The options of a param group. Options that only act together are one member: nesterov and
+// momentum become `direction`. csrc/python/param_group.cpp fills it from the group,
+// csrc/torch/op.cpp from the op's arguments.
 struct GroupOptions {
   Schedule schedule{};
   double momentum = 0;
@@ -67,7 +67,8 @@ constexpr Direction direction_of(double momentum, bool nesterov) {
   return nesterov ? Direction::kNesterov : Direction::kMomentumBuffer;
 }
 
-// No weight decay is decoupled weight decay by 0: p * 1 is p. This saves a kind of loop.
+// No weight decay is decoupled weight decay by 0, since p * 1 is p. So no loop without weight decay
+// is compiled.
 constexpr WeightDecay decay_of(double weight_decay, bool decoupled) {
   return weight_decay != 0 && !decoupled ? WeightDecay::kL2 : WeightDecay::kDecoupled;
 }
@@ -126,7 +127,7 @@ inline std::vector<EntryRange> divide_into_ranges(std::span<const TensorEntry> e
   return ranges;
 }
 
-// How many such ranges there are.
+// The number of ranges that divide_into_ranges() returns.
 inline int64_t count_ranges(std::span<const TensorEntry> entries, int64_t max_numel) {
   int64_t count = 0;
   for (const TensorEntry& entry : entries) count += (entry.numel + max_numel - 1) / max_numel;
@@ -153,11 +154,12 @@ struct ParamState {
   uint32_t n_averaged;  // number of weights in an equal average
 };
 
-// The int64 tensor that sgdr_fused/device_state.py makes, which knows this layout too. A ParamState
-// for each of the group's parameters follows.
+// The int64 tensor that sgdr_fused/device_state.py makes, which knows this layout too: the
+// DeviceState of Python, the memory of a GroupOnGpu, and the group_state of the registered op. A
+// ParamState for each of the group's parameters follows.
 struct GroupMemory {
   GroupState state;
-  uint32_t ticket;  // of the launches whose first group this is; 0 between launches
+  uint32_t ticket;  // counts the finished blocks of a launch whose first group this is, else 0
   uint32_t unused;
 };
 static_assert(sizeof(GroupState) == 48 && sizeof(ParamState) == 8 && sizeof(GroupMemory) == 56);

@@ -33,7 +33,7 @@ class DeviceState:
 
     A group whose parameters are on a GPU has views of this memory as ``param_group["step"]``,
     ``["cycle"]``, ``["T_cur"]``, ``["T_i"]``, ``["lr"]`` and ``["skipped_steps"]``: 0-dim tensors,
-    and reading one synchronizes. See Note [State on the GPU] in csrc/.
+    and reading one synchronizes. See Note [State on the GPU] in csrc/python/group_on_gpu.h.
 
     Args:
         memory: The memory, of dtype int64.

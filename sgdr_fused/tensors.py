@@ -97,11 +97,8 @@ def check_tensors(
         if param.layout != torch.strided:
             raise ValueError(f"{name} has layout {param.layout}; parameters must be dense")
         _check_fits(name, "gradient", grad, param)
-        if torch._debug_has_internal_overlap(param) == 1:
-            raise RuntimeError(
-                f"{name} has several elements at one memory address (was it expanded?); "
-                "pass param.clone() instead"
-            )
+        _refuse_lazy_view(name, param)
+        _refuse_overlap(name, param)
         of_param = state.get(param, {})
         for role, dtype in dtypes_of_state(group, param).items():
             tensor = of_param.get(role)
@@ -110,6 +107,8 @@ def check_tensors(
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} has {role}={tensor!r}; it must be a tensor or None")
             _check_fits(name, role, tensor, param)
+            _refuse_lazy_view(f"{name}'s {role}", tensor)
+            _refuse_overlap(f"{name}'s {role}", tensor)
             if placement_of(tensor) != placement_of(param):
                 raise ValueError(
                     f"{name} is placed as {place_in_words(param)}, but its {role} as "
@@ -144,6 +143,22 @@ def _check_fits(name: str, role: str, tensor: Tensor, param: Tensor) -> None:
     if tensor.is_complex() != param.is_complex():
         raise ValueError(
             f"{name} has a {role} of dtype {tensor.dtype}, but the parameter's is {param.dtype}"
+        )
+
+
+def _refuse_overlap(name: str, tensor: Tensor) -> None:
+    if torch._debug_has_internal_overlap(tensor) == 1:
+        raise RuntimeError(
+            f"{name} has several elements at one memory address (was it expanded?); "
+            "pass a clone() of it instead"
+        )
+
+
+def _refuse_lazy_view(name: str, tensor: Tensor) -> None:
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(
+            f"{name} is a lazy conjugate or negative view, whose memory holds other numbers; "
+            "pass .resolve_conj().resolve_neg() of it"
         )
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -345,6 +346,26 @@ def test_large_step_lets_other_python_threads_run():
         if seen[-1]:
             break
     assert seen[-1]
+
+
+@needs_native
+def test_gradient_that_another_thread_removes_during_a_step_lives_until_its_end():
+    large = LargeStep()
+    seen = []
+    memory = torch.ones_like(large.param)  # which a step that let go of the gradient may still read
+    for _ in range(large.TRIALS):
+        large.param.grad = memory.detach()
+        grad = weakref.ref(large.param.grad)
+
+        def remove(grad=grad):
+            large.param.grad = None
+            seen.append((large.is_stepping, grad() is not None))
+
+        large.step_beside(remove)
+        assert grad() is None
+        if seen[-1][0]:
+            break
+    assert seen[-1] == (True, True)
 
 
 @needs_native

@@ -147,6 +147,21 @@ def test_averages_resume_bit_for_bit(backend, mode, tmp_path):
             assert same_bits(ema_of(optimizer, p), ema_of(other, q))
 
 
+def test_equal_average_removed_from_the_state_begins_anew(backend):
+    params = make_params([70])
+    options = OPTIONS | {"T_0": 1, "T_mult": 1, "ema_decay": "swa", "backend": backend}
+    optimizer = FusedSGDR(params, **options)
+    for step in range(5):
+        if step == 3:
+            del optimizer.state[params[0]]["ema"]
+        give_gradients(step, params)
+        before = params[0].detach().clone()
+        optimizer.step()
+    assert optimizer.state[params[0]]["n_averaged"] == 2
+    average = (before.double() + params[0].detach().double()) / 2
+    torch.testing.assert_close(ema_of(optimizer, params[0]), average.float())
+
+
 def test_group_may_have_no_average(backend):
     params = make_params([7, 7])
     groups = [{"params": params[:1]}, {"params": params[1:], "ema_decay": None}]

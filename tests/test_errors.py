@@ -177,12 +177,40 @@ def expanded_parameter(params):
     return RuntimeError, "one memory address"
 
 
+def lazily_negated_parameter(params):
+    params[-1].data = torch.ones(17, dtype=torch.complex64).conj().imag
+    return ValueError, "lazy conjugate or negative view"
+
+
 BAD_TENSORS = [
     sparse_gradient,
     gradient_of_another_shape,
     gradient_of_as_many_elements_in_another_shape,
     expanded_parameter,
+    lazily_negated_parameter,
 ]
+
+
+def expanded_momentum_buffer(of_param):
+    of_param["momentum_buffer"] = torch.ones(1).expand(17)
+    return RuntimeError, "momentum_buffer has several elements at one memory address"
+
+
+def lazily_negated_momentum_buffer(of_param):
+    of_param["momentum_buffer"] = torch.ones(17, dtype=torch.complex64).conj().imag
+    return ValueError, "momentum_buffer is a lazy conjugate or negative view"
+
+
+@pytest.mark.parametrize("spoil", [expanded_momentum_buffer, lazily_negated_momentum_buffer])
+def test_momentum_buffer_that_cannot_be_written_stops_the_step_before_anything_is_written(
+    backend, spoil
+):
+    optimizer, params = running_optimizer(backend)
+    error, message = spoil(optimizer.state[params[-1]])
+    before = snapshot(optimizer, params)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params)
 
 
 @pytest.mark.parametrize("spoil", BAD_TENSORS)

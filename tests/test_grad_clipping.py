@@ -240,6 +240,19 @@ def test_count_of_skipped_steps_is_saved(backend):
     assert other.skipped_steps == 1
 
 
+def test_count_of_skipped_steps_goes_on_after_a_checkpoint(backend):
+    params = make_params([4])
+    optimizer = FusedSGDR(params, **OPTIONS, skip_nonfinite=True, backend=backend)
+    params[0].grad = torch.full((4,), math.nan)
+    optimizer.step()
+    (param,) = make_params([4])
+    other = FusedSGDR([param], **OPTIONS, skip_nonfinite=True, backend=backend)
+    other.load_state_dict(optimizer.state_dict())
+    param.grad = torch.full((4,), math.nan)
+    other.step()
+    assert other.skipped_steps == 2
+
+
 def test_steps_skipped_by_a_scaler_are_counted(backend):
     params = make_params([4])
     optimizer = FusedSGDR(params, **OPTIONS, backend=backend)

@@ -8,7 +8,16 @@ import itertools
 import pytest
 import torch
 from cases import LAYOUTS, SGD_OPTIONS
-from pair import Pair, assert_same, copies_of, draw, give_gradients, make_params, same_bits
+from pair import (
+    Pair,
+    assert_same,
+    assert_same_state,
+    copies_of,
+    draw,
+    give_gradients,
+    make_params,
+    same_bits,
+)
 
 from sgdr_fused import FusedSGDR
 
@@ -95,6 +104,35 @@ def test_momentum_buffer_of_any_layout_is_used_in_place(backend):
                 buffers.append(of_param["momentum_buffer"])
     for param, buffer in zip(ours, buffers, strict=True):
         assert optimizer.state[param]["momentum_buffer"] is buffer
+
+
+def test_master_weights_of_elements_at_one_address_are_an_error(backend):
+    memory = torch.ones(9, dtype=torch.bfloat16)
+    param = leaf(memory.expand(7, 9))
+    param.grad = torch.ones_like(param)
+    optimizer = FusedSGDR([param], backend=backend, master_weights=True, **OPTIONS)
+    with pytest.raises(RuntimeError, match="one memory address"):
+        optimizer.step()
+    assert (memory == 1).all()
+    assert optimizer.param_groups[0]["step"] == 0
+
+
+@pytest.mark.parametrize("role", ["ema", "master_param"])
+def test_average_or_master_weights_of_any_layout_are_used_in_place(backend, layout, role):
+    params = make_params([SHAPE], torch.bfloat16)
+    twins = copies_of(params)
+    options = OPTIONS | {"ema_decay": 0.9, "master_weights": True}
+    optimizer = FusedSGDR(params, backend=backend, **options)
+    expected = FusedSGDR(twins, backend="reference", **options)
+    for step in range(4):
+        give_gradients(step, params, twins)
+        optimizer.step()
+        expected.step()
+        assert_same_state(optimizer, params, expected, twins, f"after step {step}")
+        if step == 1:
+            of_param = optimizer.state[params[0]]
+            of_param[role] = tensor = layout(of_param[role])
+    assert optimizer.state[params[0]][role] is tensor
 
 
 def test_memory_between_the_elements_is_left_alone(backend, layout):

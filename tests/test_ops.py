@@ -77,6 +77,61 @@ def test_op_equals_the_reference(options, dtype):
             assert same_bits(*buffers)
 
 
+def by_op_and_reference(sizes=(1, 70), **options):
+    """The op and the reference on equal parameters."""
+    params = make_params(sizes)
+    twins = copies_of(params)
+    by_op = FusedSGDR(params, lr=0.1, **SCHEDULE | options)
+    by_op._stepper = TracedStepper()
+    return by_op, params, FusedSGDR(twins, lr=0.1, **SCHEDULE | options, backend="reference"), twins
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"n_cycles": 2},
+        {"warmup_steps": 3, "warmup_start_lr": 0.02},
+        {"cycle_decay": 0.5},
+        {"anneal": "epoch", "steps_per_epoch": 3, "T_mult": 1},
+        {"T_mult": 1.5},
+    ],
+    ids=str,
+)
+def test_op_follows_every_option_of_the_schedule(schedule):
+    by_op, params, reference, twins = by_op_and_reference(momentum=0.9, **schedule)
+    for step in range(12):
+        give_gradients(step, params, twins)
+        by_op.step()
+        reference.step()
+        assert by_op.get_last_lr() == reference.get_last_lr(), step
+        assert all(same_bits(p.detach(), q.detach()) for p, q in zip(params, twins, strict=True))
+    assert isinstance(by_op._stepper, TracedStepper)
+
+
+def test_op_divides_the_gradients_by_the_scale_of_the_loss():
+    by_op, params, reference, twins = by_op_and_reference(momentum=0.9)
+    for step in range(4):
+        give_gradients(step, params, twins)
+        for param in params:
+            param.grad.mul_(256)
+        by_op.grad_scale, by_op.found_inf = torch.tensor(256.0), torch.tensor(0.0)
+        by_op.step()
+        reference.step()
+        assert all(same_bits(p.detach(), q.detach()) for p, q in zip(params, twins, strict=True))
+
+
+def test_restart_drops_the_momentum_of_a_parameter_that_the_op_was_not_given():
+    by_op, params, reference, twins = by_op_and_reference(momentum=0.9, reset_momentum=True)
+    for step in range(4):
+        give_gradients(step, params, twins)
+        if step == 1:  # the last of the first cycle
+            params[1].grad = twins[1].grad = None
+        by_op.step()
+        reference.step()
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            assert same_bits(p.detach(), q.detach()), (step, i)
+
+
 def test_op_counts_a_skipped_step_and_changes_nothing_else():
     args, options = arguments()
     before = [[t.clone() for t in tensors] for tensors in args[:3]]

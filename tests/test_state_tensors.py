@@ -122,6 +122,15 @@ def test_an_average_switched_on_again_goes_on(backend):
     assert torch.equal(optimizer.state[params[0]]["ema"], (before + params[0].detach()) / 2)
 
 
+def test_state_tensors_have_the_strides_of_their_parameter(backend):
+    """So that a step over a channels_last model needs no copies."""
+    param = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    optimizer = FusedSGDR([param], **OPTIONS, backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert [tensor.stride() for tensor in tensors_of(optimizer)] == [param.stride()] * 2
+
+
 @pytest.mark.parametrize("remove", ["pop", "none", "replace"])
 def test_what_is_removed_from_the_state_is_freed_at_once(remove, backend):
     """As when the state of a sleeping optimizer is moved elsewhere."""

@@ -143,6 +143,13 @@ def test_planted_include_of_a_lower_layer_is_noticed(file, planted):
     assert includes_of_lower_layers(CSRC / file, f'#include "{planted}"') == {planted}
 
 
+@pytest.mark.skipif(not CSRC.exists(), reason="installed without its sources")
+def test_only_csrc_torch_knows_torchs_internals():
+    for path in CSRC.rglob("*"):
+        if path.is_file() and path.parent.name != "torch":
+            assert "TensorImpl" not in path.read_text(), path
+
+
 def test_no_file_is_longer_than_400_lines():
     files = [*PACKAGE.rglob("*.py"), *(path for path in CSRC.rglob("*") if path.is_file())]
     lengths = {path: len(path.read_text().splitlines()) for path in files}

@@ -45,7 +45,7 @@ bool is_rounded(bool stochastically, ElementType type) {
 }
 
 RandomKey random_key(const GroupStep& group, const TensorEntry& entry) {
-  return {group.options->seed, static_cast<uint32_t>(group.step), entry.param_index};
+  return {group.options.seed, static_cast<uint32_t>(group.steps_applied), entry.param_index};
 }
 
 // A block of a tensor in the type of the arithmetic: the tensor's own memory if it has that type,
@@ -91,8 +91,8 @@ void update_by_blocks(const TensorEntry& entry, int64_t begin, int64_t end,
                       const GroupLoops<T>& loops) {
   const GroupStep& group = *loops.group;
   const UpdateScalars<T>& scalars = entry.first_step ? loops.first_scalars : loops.scalars;
-  const bool rounds_param = is_rounded(group.options->rounds_param, entry.param_type);
-  const bool rounds_momentum = is_rounded(group.options->rounds_momentum, entry.momentum_type) &&
+  const bool rounds_param = is_rounded(group.options.rounds_param, entry.param_type);
+  const bool rounds_momentum = is_rounded(group.options.rounds_momentum, entry.momentum_type) &&
                                entry.momentum_buffer != nullptr;
   const RandomKey key = random_key(group, entry);
   Operand<InstructionSet, T> param(entry.param, entry.param_type);
@@ -140,7 +140,7 @@ void update_range(const TensorEntry& entry, int64_t begin, int64_t end,
                         !entry.first_step && entry.low_precision_param == nullptr;
   if constexpr (std::is_same_v<T, float>) {
     if (is_plain && entry.ema == nullptr && entry.momentum_type == ElementType::kBFloat16 &&
-        loops.group->options->rounds_momentum) {
+        loops.group->options.rounds_momentum) {
       loops.update_rounding(static_cast<float*>(entry.param) + begin,
                             static_cast<const float*>(entry.grad) + begin,
                             static_cast<uint16_t*>(entry.momentum_buffer) + begin, end - begin,

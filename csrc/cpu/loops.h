@@ -282,6 +282,11 @@ using RoundLoop = void (*)(const T* from, void* to, int64_t numel, const RandomK
                            Rounded rounded, int64_t begin);
 using SumLoop = double (*)(const void* values, int64_t numel);
 
+SGDR_INLINE GradScale grad_scale_of(const GroupScalars& s) {
+  if (s.grad_divisor != 1) return GradScale::kDivideAndMultiply;
+  return s.grad_multiplier != 1 ? GradScale::kMultiply : GradScale::kNone;
+}
+
 // Calls f with the group's UpdateOptions.
 template <class F>
 auto with_update_options(const GroupStep& group, F f) {
@@ -290,9 +295,9 @@ auto with_update_options(const GroupStep& group, F f) {
   return static_switch<kNone, kMultiply, kDivideAndMultiply>(
       grad_scale_of(group.scalars), [&](auto scale) {
         return static_switch<WeightDecay::kL2, WeightDecay::kDecoupled>(
-            group.options->decay, [&](auto decay) {
+            group.options.decay, [&](auto decay) {
               return static_switch<kGrad, kMomentumBuffer, kNesterov>(
-                  group.options->direction,
+                  group.options.direction,
                   [&](auto direction) { return f(UpdateOptions<scale, decay, direction>{}); });
             });
       });

@@ -50,7 +50,7 @@ class DictSnapshot {
 
   const py::object& value(size_t index) const { return items_[index].second; }
 
-  // Writes a value of our own, which the snapshot then expects.
+  // Sets an item of the dict and of the snapshot, so that it does not count as a change.
   void store(PyObject* dict, size_t index, py::object value) {
     if (PyDict_SetItem(dict, items_[index].first.ptr(), value.ptr()) != 0)
       throw py::error_already_set();

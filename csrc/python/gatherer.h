@@ -1,43 +1,13 @@
 // From a parameter, its gradient and its state to the entry that a backend takes.
 #pragma once
 
-#include <vector>
-
-#include "../backend.h"
-#include "../torch/flattener.h"
+#include "device_step.h"
 #include "grad_norm.h"
+#include "new_state.h"
 #include "param_group.h"
 #include "state.h"
 
 namespace sgdr {
-
-// The part of a step that one device takes.
-struct DeviceStep {
-  c10::Device device;
-  Flattener flattener;
-  std::vector<TensorEntry> entries{};
-  std::vector<GroupStep> host_groups{};      // of the CPU
-  std::vector<LaunchGroup> launch_groups{};  // of a GPU
-  std::vector<ShardedPart> sharded_parts{};  // if a norm is needed
-  at::Tensor sum_of_squares{};               // on a GPU, if a norm is needed
-
-  // Calls f, without the GIL if there is work for several threads.
-  template <class F>
-  auto without_gil(std::span<const TensorEntry> work, F f) {
-    if (!cpu::is_worth_threads(work)) return f();
-    flattener.keep_alive();
-    const py::gil_scoped_release no_gil;
-    return f();
-  }
-
-  void clear() {
-    flattener.clear();
-    entries.clear();
-    host_groups.clear();
-    launch_groups.clear();
-    sharded_parts.clear();
-  }
-};
 
 // Adds the entries of one param group to a device's step.
 class Gatherer {

@@ -2,8 +2,6 @@
 
 #include <ATen/Functions.h>
 
-#include "gatherer.h"
-
 namespace sgdr {
 namespace {
 

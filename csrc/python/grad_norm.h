@@ -3,29 +3,19 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <limits>
 #include <optional>
 #include <vector>
 
-#include "../step_types.h"
-#include "python_dict.h"
+#include "device_step.h"
 
 namespace sgdr {
 
-struct DeviceStep;
-
-// What the norm is for.
+// The options that need the norm.
 struct Clipping {
   std::optional<double> max_grad_norm;
   bool skip_nonfinite = false;
 
   bool needs_norm() const { return max_grad_norm.has_value() || skip_nonfinite; }
-};
-
-// Entries whose sums of squares are added up over the same ranks.
-struct ShardedPart {
-  py::object axes;  // sgdr_fused's shard_axes(param)
-  std::vector<size_t> entries;
 };
 
 void add_to_part(std::vector<ShardedPart>& parts, py::object axes, size_t entry);

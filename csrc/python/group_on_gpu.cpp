@@ -5,22 +5,13 @@
 #include "python_dict.h"
 
 namespace sgdr {
-namespace {
-
-using WeakTensor = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
-
-WeakTensor weak(const at::Tensor* tensor) {
-  return WeakTensor(tensor == nullptr ? at::Tensor().getIntrusivePtr() : tensor->getIntrusivePtr());
-}
-
-}  // namespace
 
 GroupOnGpu::GroupOnGpu(py::object device_state, PyObject* state)
     : device_state_(std::move(device_state)),
       memory_(THPVariable_Unpack(device_state_.attr("memory").ptr())) {
   for (const py::handle param : py::list(device_state_.attr("params"))) {
     PyObject* const of_param = find(state, param.ptr());
-    const auto stored = [&](Role role) { return weak(tensor_in(of_param, name_of(role))); };
+    const auto stored = [&](Role role) { return WeakTensor(tensor_in(of_param, name_of(role))); };
     params_.push_back({py::reinterpret_borrow<py::object>(param),
                        {stored(kMomentumBuffer), stored(kEma), stored(kMasterParam)}});
   }
@@ -51,9 +42,7 @@ LaunchGroup GroupOnGpu::launch_group(const GroupOptions& options, uint32_t first
 void GroupOnGpu::sync_flag(size_t index, Role role, PyObject* state_of_param) {
   const at::Tensor* const stored = tensor_in(state_of_param, name_of(role));
   WeakTensor& expected = params_[index].tensors[role];
-  const at::Tensor none;
-  const at::TensorImpl* const found = (stored == nullptr ? none : *stored).unsafeGetTensorImpl();
-  if (expected._unsafe_get_target() == found) return;
+  if (expected.is(stored)) return;
   if (cuda::is_capturing()) {
     throw std::runtime_error(
         std::string("a tensor in the optimizer's state was set or removed since the last step (") +
@@ -66,7 +55,7 @@ void GroupOnGpu::sync_flag(size_t index, Role role, PyObject* state_of_param) {
                 offsetof(ParamState, master_is_empty) == kMasterParam);
   const size_t flag = sizeof(GroupMemory) + index * sizeof(ParamState) + role;
   memory_.view(at::kByte).narrow(0, static_cast<int64_t>(flag), 1).fill_(stored == nullptr ? 1 : 0);
-  expected = weak(stored);
+  expected = WeakTensor(stored);
 }
 
 void GroupOnGpu::sync_flags(PyObject* state) {
@@ -77,7 +66,7 @@ void GroupOnGpu::sync_flags(PyObject* state) {
 }
 
 void GroupOnGpu::expect(size_t index, Role role, const at::Tensor& tensor) {
-  params_[index].tensors[role] = weak(&tensor);
+  params_[index].tensors[role] = WeakTensor(&tensor);
 }
 
 void GroupOnGpu::count_skipped_step() const {

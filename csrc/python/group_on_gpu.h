@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../backend.h"
+#include "../torch/internals.h"
 #include "state.h"
 
 namespace sgdr {
@@ -20,6 +21,7 @@ namespace sgdr {
 // before the next launch. While a graph is captured that is an error: each replay would repeat it.
 class GroupOnGpu {
  public:
+  // kSchedule: the kernel computes the LR anew, because an option of the schedule has changed.
   LrSource lr_source = LrSource::kState;
 
   // A sgdr_fused.device_state.DeviceState, and optimizer.state.
@@ -40,19 +42,17 @@ class GroupOnGpu {
   // Brings all flags up to date.
   void sync_flags(PyObject* state);
 
-  // The optimizer's own step puts a tensor into state; the kernel takes care of its flag.
+  // Records a tensor that the step itself adds to the state, so that sync_flag() sees no change:
+  // the kernel clears its flag.
   void expect(size_t index, Role role, const at::Tensor& tensor);
 
   // Synchronizes.
   void count_skipped_step() const;
 
  private:
-  // The address alone could come to stand for another tensor.
-  using WeakTensor = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
-
   struct Param {
     py::object param;
-    std::array<WeakTensor, kRoles> tensors;  // that the flags are about; undefined if none is there
+    std::array<WeakTensor, kRoles> tensors;  // the state tensors that the flags describe
   };
 
   py::object device_state_;

@@ -39,7 +39,7 @@ class ParamGroup {
   // Advances the schedule of a group on the host. True at a restart that drops the momentum.
   bool advance_schedule(PyObject* dict);
 
-  // Counts a step that changed nothing else.
+  // Counts a skipped step.
   void count_skipped_step(PyObject* dict);
 
  private:

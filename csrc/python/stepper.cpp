@@ -25,7 +25,7 @@ const T* address_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
-PyObject* item(const py::list& param_groups, size_t i) {
+PyObject* group_dict(const py::list& param_groups, size_t i) {
   return PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
 }
 
@@ -37,7 +37,7 @@ void drop_momentum(const ParamGroup& group, const py::dict& state) {
   }
 }
 
-Flattener::LocalTensor in_cpp(py::function local_tensor) {
+Flattener::LocalTensor as_cpp_function(py::function local_tensor) {
   return [local_tensor = std::move(local_tensor)](const at::Tensor& tensor,
                                                   const at::Tensor& param) -> at::Tensor {
     const py::object local = local_tensor(to_python(tensor), to_python(param));
@@ -50,7 +50,7 @@ Flattener::LocalTensor in_cpp(py::function local_tensor) {
 Stepper::Stepper(py::function sync_group, py::function local_tensor, py::function shard_axes,
                  py::function sum_over_shards)
     : python_{std::move(sync_group), std::move(shard_axes), std::move(sum_over_shards)},
-      local_tensor_(in_cpp(std::move(local_tensor))),
+      local_tensor_(as_cpp_function(std::move(local_tensor))),
       host_{at::kCPU, Flattener(at::kCPU, plain_host_keys(), local_tensor_)} {}
 
 void Stepper::set_clipping(std::optional<double> max_grad_norm, bool skip_nonfinite) {
@@ -58,11 +58,17 @@ void Stepper::set_clipping(std::optional<double> max_grad_norm, bool skip_nonfin
   if (!clipping_.needs_norm()) grad_norm_ = py::none();
 }
 
+// A callback or another thread may come while a step runs without the GIL.
+void Stepper::refuse_while_running() const {
+  if (is_running_)
+    throw std::runtime_error(
+        "the optimizer was changed, or its step() called, while its step() is still running");
+}
+
 // Guards one step: refuses re-entry, and clears what belongs to the step at its end.
 struct Stepper::RunningStep {
   explicit RunningStep(Stepper& stepper) : stepper(stepper) {
-    if (stepper.is_running_)
-      throw std::runtime_error("step() was called on an optimizer whose step() is still running");
+    stepper.refuse_while_running();
     stepper.is_running_ = true;
   }
   ~RunningStep() {
@@ -80,7 +86,7 @@ bool Stepper::step(const py::list& param_groups, const py::dict& state,
   const at::NoGradGuard no_grad;
 
   sync_groups(param_groups, state);
-  // With all groups on GPUs, the kernels read these two.
+  // If all groups are on GPUs, the kernels read grad_scale and found_inf: the host must not wait.
   const bool is_host_in_charge = !is_all_on_gpus();
   if (is_host_in_charge && !found_inf.is_none() && to_double(found_inf) != 0) {
     count_skipped_step(param_groups);
@@ -120,6 +126,7 @@ bool Stepper::step_param(const py::list& param_groups, const py::dict& state, ui
 // sync
 
 void Stepper::sync(const py::list& param_groups, const py::dict& state) {
+  refuse_while_running();
   const at::NoGradGuard no_grad;
   sync_groups(param_groups, state);
   for (const ParamGroup& group : groups_) {
@@ -131,7 +138,7 @@ void Stepper::sync_groups(const py::list& param_groups, const py::dict& state) {
   groups_.resize(param_groups.size());
   uint32_t first_param = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
-    PyObject* const dict = item(param_groups, i);
+    PyObject* const dict = group_dict(param_groups, i);
     if (!groups_[i].is_current(dict)) sync_group(groups_[i], dict, state);
     groups_[i].first_param = first_param;
     first_param += static_cast<uint32_t>(groups_[i].size());
@@ -176,13 +183,13 @@ bool Stepper::gather(PyObject* state) {
   return true;
 }
 
-// Gathers parameters of one group, of which `first` is the index of the first.
+// Gathers parameters of one group; `first` is the index in the group of params[0].
 bool Stepper::gather_group(size_t group, std::span<const ParamAndState> params, size_t first,
                            bool advances) {
   const ParamGroup& of_params = groups_[group];
   DeviceStep* target = &host_;
   if (const auto& on_gpu = of_params.on_gpu; on_gpu != nullptr) {
-    target = &step_on_gpu(on_gpu->memory());
+    target = &device_step_of(on_gpu->memory());
     group = target->launch_groups.size();
     target->launch_groups.push_back(
         on_gpu->launch_group(of_params.options, of_params.first_param, advances));
@@ -195,7 +202,7 @@ bool Stepper::gather_group(size_t group, std::span<const ParamAndState> params, 
   return true;
 }
 
-DeviceStep& Stepper::step_on_gpu(const at::Tensor& memory) {
+DeviceStep& Stepper::device_step_of(const at::Tensor& memory) {
   for (DeviceStep& step : gpus_) {
     if (step.device == memory.device()) return step;
   }
@@ -241,9 +248,9 @@ void Stepper::run_on_host(double grad_scale, double clip_coefficient) {
   if (host_.entries.empty()) return;
   for (const ParamGroup& group : groups_)
     host_.host_groups.push_back(
-        {.options = &group.options,
+        {.options = group.options,
          .scalars = scalars_of(group.options, group.lr, grad_scale, clip_coefficient),
-         .step = group.position.step});
+         .steps_applied = group.position.step});
   host_.without_gil(host_.entries, [&] {
     cpu::fused_step({.tensors = host_.entries, .groups = host_.host_groups});
   });
@@ -282,11 +289,11 @@ void Stepper::store(const py::dict& state) {
 // The kernel has advanced the groups on GPUs. It has also written their new LR, unless the step may
 // have been skipped or is yet to be replayed.
 void Stepper::advance(const py::list& param_groups, const py::dict& state, bool may_be_skipped) {
-  const bool lr_is_written = !may_be_skipped && !cuda::is_capturing();
+  const bool lr_is_written = !gpus_.empty() && !may_be_skipped && !cuda::is_capturing();
   for (size_t i = 0; i < groups_.size(); ++i) {
     ParamGroup& group = groups_[i];
     if (group.on_gpu == nullptr) {
-      if (group.advance_schedule(item(param_groups, i))) drop_momentum(group, state);
+      if (group.advance_schedule(group_dict(param_groups, i))) drop_momentum(group, state);
     } else if (lr_is_written) {
       group.on_gpu->lr_source = LrSource::kState;
     }
@@ -294,7 +301,8 @@ void Stepper::advance(const py::list& param_groups, const py::dict& state, bool 
 }
 
 void Stepper::count_skipped_step(const py::list& param_groups) {
-  for (size_t i = 0; i < groups_.size(); ++i) groups_[i].count_skipped_step(item(param_groups, i));
+  for (size_t i = 0; i < groups_.size(); ++i)
+    groups_[i].count_skipped_step(group_dict(param_groups, i));
 }
 
 }  // namespace sgdr

@@ -8,6 +8,7 @@
 
 #include "gatherer.h"
 #include "grad_norm.h"
+#include "new_state.h"
 #include "param_group.h"
 #include "state.h"
 
@@ -56,13 +57,14 @@ class Stepper {
   };
   struct RunningStep;
 
+  void refuse_while_running() const;
   void sync_groups(const py::list& param_groups, const py::dict& state);
   void sync_group(ParamGroup& group, PyObject* dict, const py::dict& state);
   bool is_all_on_gpus() const;
   bool gather(PyObject* state);
   bool gather_group(size_t group, std::span<const ParamAndState> params, size_t first,
                     bool advances);
-  DeviceStep& step_on_gpu(const at::Tensor& memory);
+  DeviceStep& device_step_of(const at::Tensor& memory);
   std::optional<double> norm(double grad_scale);
   void run(const Amp& amp, double grad_scale, double clip_coefficient);
   void run_on_host(double grad_scale, double clip_coefficient);
@@ -78,7 +80,7 @@ class Stepper {
   std::vector<ParamGroup> groups_;
   ParamsWithState params_;
 
-  // The step under way; members so that their memory is kept.
+  // The step under way.
   bool is_running_ = false;
   DeviceStep host_;
   std::deque<DeviceStep> gpus_;

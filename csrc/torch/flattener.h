@@ -15,7 +15,9 @@
 
 namespace sgdr {
 
-// The tensors of one parameter in a step; null for one that it does not have.
+// The tensors of one parameter in a step; null for one that it does not have. They belong to Python
+// objects, to a parameter's .grad or to NewState, and stay valid as long as the GIL is held and no
+// Python code runs; Flattener::keep_alive() makes them its own.
 struct ParamTensors {
   const at::Tensor* param;  // the master copy, if there is one
   const at::Tensor* grad;
@@ -53,7 +55,7 @@ class Flattener {
   bool flatten_plain(const ParamTensors& tensors, TensorEntry& entry);
   bool flatten_unusual(const ParamTensors& tensors, TensorEntry& entry);
   bool is_plain(const at::Tensor& tensor) const;
-  const at::Tensor* to_plain(const at::Tensor& tensor, const at::Tensor& param);
+  const at::Tensor* to_plain(const at::Tensor& tensor, const at::Tensor& param, bool is_written);
   const at::Tensor* to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
                                  bool is_written);
 
@@ -66,7 +68,7 @@ class Flattener {
   c10::DispatchKeySet plain_keys_;
   LocalTensor local_tensor_;
   std::vector<ParamTensors> flattened_;
-  std::vector<std::array<MetadataHint, 3>> hints_;  // one for each parameter of the last step
+  std::vector<std::array<MetadataHint, 3>> hints_;  // by position in the step
   std::vector<at::Tensor> written_subclasses_;
   std::vector<Copy> copies_;
   std::deque<at::Tensor> kept_alive_;  // its elements do not move

@@ -1,4 +1,5 @@
-// The only door to torch's internals: what has no name in torch's public C++ API.
+// The only door to torch's internals: what has no name in torch's public C++ API. Each use has a
+// test that fails if torch changes what it relies on.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -11,20 +12,22 @@
 
 namespace sgdr {
 
-// The .grad of a tensor, which may be undefined. Tensor::grad() would look whether it has to warn,
-// which takes longer than all else that a step reads of a small tensor.
+// The .grad of a tensor, which may be undefined. Tensor::grad() also checks whether to warn, which
+// takes longer than all other reads.
+// tests/test_params_come_and_go.py
 SGDR_INLINE const at::Tensor& grad_of(const at::Tensor& param) {
   return param.unsafeGetTensorImpl()->grad();
 }
 
 // Tells autograd that a tensor was written through its address. Tensors made in inference mode have
 // no version.
+// tests/test_state_tensors.py, test_hooks_and_closure.py
 SGDR_INLINE void bump_version(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// Where what a step reads of a tensor lies, as of an earlier step. It is prefetched, never
-// followed: an address that is out of date does no harm.
+// Addresses of a tensor's metadata that an earlier step has read. They are only prefetched, never
+// dereferenced, so a stale one is harmless.
 class MetadataHint {
  public:
   MetadataHint() = default;
@@ -44,13 +47,33 @@ class MetadataHint {
   const void* storage_ = nullptr;
 };
 
+// A tensor that may be gone. An address alone could be that of a later tensor, too.
+// tests/cuda_on_cpu/test_path.py
+class WeakTensor {
+ public:
+  // Null: no tensor.
+  explicit WeakTensor(const at::Tensor* tensor)
+      : tensor_(tensor == nullptr ? at::Tensor().getIntrusivePtr() : tensor->getIntrusivePtr()) {}
+
+  bool is(const at::Tensor* tensor) const {
+    const at::Tensor none;
+    return tensor_._unsafe_get_target() ==
+           (tensor == nullptr ? none : *tensor).unsafeGetTensorImpl();
+  }
+
+ private:
+  c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl> tensor_;
+};
+
 // Whether Python code decides what operations on the tensor mean, as for DTensor.
+// tests/distributed/test_fsdp2.py
 SGDR_INLINE bool is_subclass(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 // The dispatch keys of an ordinary dense CPU tensor: no subclass, no lazy conjugation or negation,
 // not made in inference mode.
+// tests/test_layouts.py with backend="native"
 inline c10::DispatchKeySet plain_host_keys() {
   const c10::InferenceMode off(false);
   return at::empty({0}).key_set();

@@ -82,9 +82,9 @@ void step_on_cpu(std::vector<TensorEntry>& entries, const GroupView& group,
     entry.first_step =
         options.has_momentum() && group.params[entry.param_index].momentum_is_empty != 0;
   const double grad_scale = amp.grad_scale.has_value() ? amp.grad_scale->item<double>() : 1;
-  const GroupStep step{.options = &options,
+  const GroupStep step{.options = options,
                        .scalars = scalars_of(options, state.lr, grad_scale, 1),
-                       .step = state.position.step};
+                       .steps_applied = state.position.step};
   cpu::fused_step({.tensors = entries, .groups = {&step, 1}});
 
   if (options.has_momentum()) {
@@ -155,8 +155,8 @@ void fused_step_(at::TensorList params, at::TensorList grads, at::TensorList mom
         flattener.flatten({.param = &params[i], .grad = &grads[i], .momentum_buffer = buffer},
                           entries[i]),
         "params[", i,
-        "], its grad or its momentum_buffer is no plain tensor: ", params[i].toString(), ", ",
-        grads[i].toString());
+        "], its grad or its momentum_buffer is not an ordinary dense tensor (is it a "
+        "subclass, or was it made in inference mode?)");
   }
   const GroupView group(group_state);
   const Amp amp{grad_scale, found_inf};

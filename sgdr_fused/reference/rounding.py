@@ -36,7 +36,7 @@ class RandomKey(NamedTuple):
 
 
 def random_bits(key: RandomKey, rounded: Rounded, numel: int) -> Tensor:
-    """16 random bits for each element; see Note [Random bits] in csrc/sgdr_math.h.
+    """16 random bits for each element; see Note [Random bits] in csrc/random_rounding.h.
 
     Args:
         key: Seed, step and parameter.

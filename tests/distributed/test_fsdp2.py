@@ -111,6 +111,22 @@ def test_step_in_backward_updates_shards(ranks, backend):
     ranks(2, train_with, {"backend": backend}, in_backward=True)
 
 
+def backward_after_a_step(backend):
+    model = sharded(network())
+    optimizer = fused(model, backend=backend)
+    loss_of(model, 0).backward()
+    weight = model[2].weight
+    loss = (weight * weight).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["native"])
+def test_graph_of_shards_saved_before_the_step_refuses_backward_after_it(ranks, backend):
+    ranks(2, backward_after_a_step, backend)
+
+
 def train_in_bfloat16():
     """Gradients are rounded, so the single process gets the ranks' gradients."""
     model, single = sharded(network().bfloat16()), network().bfloat16()

@@ -42,6 +42,20 @@ def test_state_that_is_placed_otherwise_is_an_error_that_changes_nothing(ranks, 
     ranks(2, misplaced_state, backend)
 
 
+def state_of_the_local_shape(backend):
+    param, optimizer, _ = one_step(backend)
+    state = optimizer.state[param]
+    state["momentum_buffer"] = state["momentum_buffer"].to_local().clone()
+    before = param.detach().to_local().clone()
+    with pytest.raises(ValueError, match=r"momentum_buffer of shape \(.*parameter's is \(3, 2\)"):
+        optimizer.step()
+    assert same_bits(param.detach().to_local(), before)
+
+
+def test_state_of_one_ranks_shape_is_an_error_that_changes_nothing(ranks, backend):
+    ranks(2, state_of_the_local_shape, backend)
+
+
 def load_misplaced_state(backend):
     param, optimizer, mesh = one_step(backend)
     whole = optimizer.state[param]["momentum_buffer"].full_tensor()

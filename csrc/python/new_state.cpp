@@ -1,9 +1,7 @@
-#include "state.h"
+#include "new_state.h"
 
 #include <ATen/Functions.h>
 #include <c10/core/InferenceMode.h>
-
-#include "group_on_gpu.h"
 
 namespace sgdr {
 

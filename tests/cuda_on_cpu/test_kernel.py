@@ -469,7 +469,7 @@ MUTANTS = {
         THREAD,
     ),
     "no_barrier_before_the_scalars": Mutant(
-        "__syncthreads();  // no thread", "if (!BUG) __syncthreads();  // no thread", RACE, THREAD
+        "__syncthreads();  // no thread still reads the scalars", "if (!BUG) __syncthreads();  // no thread", RACE, THREAD
     ),
     "no_barrier_after_the_scalars": Mutant(
         "__syncthreads();\n      group_of",
@@ -578,8 +578,8 @@ MUTANTS = {
         history="extras",
     ),
     "no_barrier_before_the_draws": Mutant(
-        "__syncthreads();  // likewise",
-        "if (!BUG) __syncthreads();  // likewise",
+        "__syncthreads();  // no thread still reads the draws",
+        "if (!BUG) __syncthreads();  // no thread still reads the draws",
         RACE,
         THREAD,
         history="extras",

@@ -58,7 +58,7 @@ def test_every_state_tensor_has_a_storage_of_its_own():
     ],
     ids=["resize", "fill_storage", "empty_storage", "share"],
 )
-def test_what_happens_to_a_state_tensor_leaves_its_neighbours_alone(change):
+def test_change_of_one_state_tensor_leaves_the_others_alone(change):
     optimizer, params = make(sizes=[64] * 3)
     tensors = tensors_of(optimizer)
     before = [tensor.clone() for tensor in tensors]
@@ -74,13 +74,13 @@ def saved_size(state_dict):
 
 
 @pytest.mark.parametrize("size_of", [saved_size, lambda state: len(pickle.dumps(state))])
-def test_a_saved_state_is_not_larger_for_it(size_of):
+def test_saved_native_state_is_no_larger_than_the_references(size_of):
     ours, _ = make(sizes=[64] * 100)
     theirs, _ = make("reference", sizes=[64] * 100)
     assert size_of(ours.state_dict()) < 1.01 * size_of(theirs.state_dict())
 
 
-def test_a_copied_optimizer_has_memory_of_its_own():
+def test_copied_optimizer_shares_no_memory():
     optimizer, params = make(sizes=[64] * 3)
     twin = copy.deepcopy(optimizer)
     before = [tensor.clone() for tensor in tensors_of(optimizer)]
@@ -110,7 +110,7 @@ def test_autograd_notices_that_a_state_tensor_was_written(role, size, whose, bac
         loss.backward()
 
 
-def test_an_average_switched_on_again_goes_on(backend):
+def test_ema_resumes_when_reenabled(backend):
     optimizer, _ = make(backend, sizes=[64])
     optimizer.param_groups[0]["ema_decay"] = None
     optimizer = copy.deepcopy(optimizer)  # which has not seen the average
@@ -132,7 +132,7 @@ def test_state_tensors_have_the_strides_of_their_parameter(backend):
 
 
 @pytest.mark.parametrize("remove", ["pop", "none", "replace"])
-def test_what_is_removed_from_the_state_is_freed_at_once(remove, backend):
+def test_tensor_removed_from_the_state_is_freed_at_once(remove, backend):
     """As when the state of a sleeping optimizer is moved elsewhere."""
     optimizer, params = make(backend, sizes=[64, 5000])
     step(optimizer, params, 1)
@@ -146,7 +146,7 @@ def test_what_is_removed_from_the_state_is_freed_at_once(remove, backend):
     assert [ref() for ref in removed] == [None, None]
 
 
-def test_averages_of_other_parameters_may_be_in_the_loss_of_a_step_in_backward(backend):
+def test_step_in_backward_accepts_other_averages_in_the_loss(backend):
     """Their versions are counted apart: a parameter's step does not touch them."""
     first, second = torch.ones(64, requires_grad=True), torch.ones(64, requires_grad=True)
     optimizer = FusedSGDR([first, second], **OPTIONS, backend=backend)
@@ -160,7 +160,7 @@ def test_averages_of_other_parameters_may_be_in_the_loss_of_a_step_in_backward(b
     assert not torch.equal(second, before)
 
 
-def test_a_state_tensor_pointed_at_other_memory_is_followed(backend):
+def test_state_tensor_with_new_data_is_used(backend):
     optimizer, params = make(backend, sizes=[64])
     twin = copy.deepcopy(optimizer)
     buffer = optimizer.state[params[0]]["momentum_buffer"]
@@ -176,7 +176,7 @@ def test_a_state_tensor_pointed_at_other_memory_is_followed(backend):
 
 @pytest.mark.parametrize("of", ["param", "momentum_buffer", "ema"])
 @pytest.mark.parametrize("size", [64, 5000])
-def test_a_lazy_clone_keeps_its_values(of, size, backend):
+def test_lazy_clone_keeps_its_values(of, size, backend):
     """Copy on write: the clone shares the memory until the step writes."""
     optimizer, params = make(backend, sizes=[size])
     tensor = params[0].detach() if of == "param" else optimizer.state[params[0]][of]

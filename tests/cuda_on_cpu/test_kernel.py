@@ -469,7 +469,10 @@ MUTANTS = {
         THREAD,
     ),
     "no_barrier_before_the_scalars": Mutant(
-        "__syncthreads();  // no thread still reads the scalars", "if (!BUG) __syncthreads();  // no thread", RACE, THREAD
+        "__syncthreads();  // no thread still reads the scalars",
+        "if (!BUG) __syncthreads();  // no thread",
+        RACE,
+        THREAD,
     ),
     "no_barrier_after_the_scalars": Mutant(
         "__syncthreads();\n      group_of",

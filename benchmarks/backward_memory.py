@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Settings, new_axes, parse_settings, print_table, write_results
+from benchmarks.harness import Settings, parse_settings
+from benchmarks.report import new_axes, print_table, write_results
 from sgdr_fused import FusedSGDR
 
 WAYS = {"step": "step() after backward()", "in_backward": "step_in_backward()"}

@@ -47,12 +47,9 @@ from benchmarks.harness import (
     Timing,
     Workload,
     fused_sgdr,
-    new_axes,
     parse_settings,
-    print_table,
-    save_picture,
-    write_json,
 )
+from benchmarks.report import new_axes, print_table, save_picture, write_json
 from benchmarks.step import pair
 
 NATIVE = "FusedSGDR"

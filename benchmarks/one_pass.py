@@ -16,16 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks import shapes
-from benchmarks.harness import (
-    Build,
-    Settings,
-    Step,
-    Workload,
-    fused_sgdr,
-    measure,
-    parse_settings,
-    write_results,
-)
+from benchmarks.harness import Build, Settings, Step, Workload, fused_sgdr, measure, parse_settings
+from benchmarks.report import write_results
 from benchmarks.step import NATIVE, Case, compare, draw, pair
 
 EMA_DECAY = 0.999

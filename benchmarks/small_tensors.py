@@ -12,16 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import shapes
-from benchmarks.harness import (
-    Timing,
-    Workload,
-    fused_sgdr,
-    measure,
-    new_axes,
-    parse_settings,
-    print_table,
-    write_results,
-)
+from benchmarks.harness import Timing, Workload, fused_sgdr, measure, parse_settings
+from benchmarks.report import new_axes, print_table, write_results
 
 N_TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000)
 

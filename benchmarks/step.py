@@ -29,12 +29,10 @@ from benchmarks.harness import (
     Workload,
     fused_sgdr,
     measure,
-    new_axes,
     parse_settings,
-    print_table,
-    write_results,
 )
 from benchmarks.memory_floor import floor_candidates
+from benchmarks.report import new_axes, print_table, write_results
 
 NATIVE = "FusedSGDR"
 REFERENCE = "FusedSGDR, reference"

@@ -13,16 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import shapes
-from benchmarks.harness import (
-    Candidate,
-    Workload,
-    fused_sgdr,
-    measure,
-    new_axes,
-    parse_settings,
-    print_table,
-    write_results,
-)
+from benchmarks.harness import Candidate, Workload, fused_sgdr, measure, parse_settings
+from benchmarks.report import new_axes, print_table, write_results
 
 LAYOUTS = ("one tensor", "tensors of 64 elements")
 THRESHOLD = re.compile(r"kParallelNumel = (?:(\d+) << )?(\d+);")

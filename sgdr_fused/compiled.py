@@ -172,25 +172,33 @@ class TracedStepper:
         before: Mapping[str, Any],
         state: MutableMapping[Tensor, Any],
     ) -> None:
-        params = group["params"]
-        device_state = self._states[i]
-        if device_state is None or not params or not device_state.belongs_to(params):
-            # Another stepper may have put the group's state into tensors already.
-            device_state = DeviceState.of(group)
-            if device_state is None or not params or not device_state.belongs_to(params):
-                if device_state is not None:
-                    group.update(device_state.numbers())
-                sync_group(group, before.get("lr"))
-                self._states[i] = DeviceState.make(group, state)
-                return
+        device_state = self._state_in_tensors(i, group)
+        if device_state is None:
+            sync_group(group, before.get("lr"))
+            self._states[i] = DeviceState.make(group, state)
+            return
         self._states[i] = device_state
         check_group(group)
         lr_was_set = group["lr"] is not before.get("lr")
         device_state.write_changes_of(group)
         if before and not lr_was_set:
+            # An option of the schedule may have changed, so the LR is computed anew.
             numbers = dict(group) | device_state.numbers()
             sync_group(numbers, numbers["lr"])
             device_state.fields["lr"].fill_(numbers["lr"])
+
+    def _state_in_tensors(self, i: int, group: MutableMapping[str, Any]) -> DeviceState | None:
+        """The tensors that hold the group's state; None, and numbers in the group, if none fit.
+
+        They are this stepper's own, or another stepper has put them into the group.
+        """
+        found = (self._states[i], DeviceState.of(group))
+        for device_state in found:
+            if device_state and group["params"] and device_state.belongs_to(group["params"]):
+                return device_state
+        if found[1] is not None:
+            group.update(found[1].numbers())
+        return None
 
     def collect(
         self,

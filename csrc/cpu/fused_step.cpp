@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "../backend.h"
+#include "find_loop.h"
 #include "instruction_set.h"
-#include "loops.h"
 
 namespace sgdr {
 namespace cpu {

@@ -3,8 +3,8 @@
 
 #include <vector>
 
+#include "find_loop.h"
 #include "instruction_set.h"
-#include "loops.h"
 
 namespace sgdr {
 namespace cpu {

@@ -67,13 +67,11 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
   if (ema != nullptr) entry.ema = ema->mutable_data_ptr();
   if (low_precision != nullptr) entry.low_precision_param = low_precision->mutable_data_ptr();
   entry.numel = param.numel();
-  if (!device_.is_cpu()) {
-    flattened_.push_back(tensors);
-    return true;
+  if (device_.is_cpu()) {
+    if (hints_.size() == flattened_.size()) hints_.emplace_back();
+    hints_[flattened_.size()] = {MetadataHint(param), MetadataHint(grad),
+                                 MetadataHint(buffer == nullptr ? param : *buffer)};
   }
-  if (hints_.size() == flattened_.size()) hints_.emplace_back();
-  hints_[flattened_.size()] = {MetadataHint(param), MetadataHint(grad),
-                               MetadataHint(buffer == nullptr ? param : *buffer)};
   flattened_.push_back(tensors);
   return true;
 }

@@ -82,6 +82,12 @@ SGDR_HD bool ends_cycle(const Schedule& schedule, const Position& position) {
   return position.T_cur + 1 >= position.T_i && position.cycle < schedule.n_cycles;
 }
 
+// Whether the LR can differ from that of the step before: with anneal="epoch" only where an epoch
+// begins.
+SGDR_HD bool changes_lr(const Schedule& schedule, const Position& position) {
+  return position.T_cur <= 0 || position.T_cur % schedule.anneal_every == 0;
+}
+
 SGDR_HD double cos_of_pi_times(double numerator, double denominator) {
 #if defined(__CUDA_ARCH__)
   return cospi(numerator / denominator);

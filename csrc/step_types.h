@@ -138,12 +138,28 @@ inline int64_t count_ranges(std::span<const TensorEntry> entries, int64_t max_nu
 // a group's state in a tensor
 
 // Where a group's schedule stands. On a GPU, param_group["step"], ["cycle"], ["T_cur"], ["T_i"],
-// ["lr"] and ["skipped_steps"] are views of this memory.
+// ["lr"], ["scheduled_lr"] and ["skipped_steps"] are views of this memory.
 struct GroupState {
-  Position position;
-  double lr;
-  int64_t skipped_steps;
+  Position position{};
+  double lr = 0;            // of the next step
+  double scheduled_lr = 0;  // the schedule's LR for it
+  int64_t skipped_steps = 0;
 };
+
+// The LR of the next step, if an option of the schedule may have changed since it was computed. An
+// LR that differs from the schedule's was set by hand, and stays.
+SGDR_HD double refreshed_lr(const Schedule& schedule, const GroupState& state) {
+  return state.lr == state.scheduled_lr ? learning_rate(schedule, state.position) : state.lr;
+}
+
+// Goes on to the next step. An LR that was set by hand holds until the schedule's next change: for
+// one step, or with anneal="epoch" until the next epoch.
+SGDR_HD void advance(const Schedule& schedule, GroupState& state) {
+  advance(schedule, state.position);
+  const bool was_set_by_hand = state.lr != state.scheduled_lr;
+  state.scheduled_lr = learning_rate(schedule, state.position);
+  if (!was_set_by_hand || changes_lr(schedule, state.position)) state.lr = state.scheduled_lr;
+}
 
 // Which tensors in a parameter's state hold nothing yet.
 struct ParamState {
@@ -162,6 +178,6 @@ struct GroupMemory {
   uint32_t ticket;  // counts the finished blocks of a launch whose first group this is, else 0
   uint32_t unused;
 };
-static_assert(sizeof(GroupState) == 48 && sizeof(ParamState) == 8 && sizeof(GroupMemory) == 56);
+static_assert(sizeof(GroupState) == 56 && sizeof(ParamState) == 8 && sizeof(GroupMemory) == 64);
 
 }  // namespace sgdr

@@ -20,7 +20,13 @@ from sgdr_fused.groups import complete_new_group, with_unique_params
 from sgdr_fused.native import is_profiling
 from sgdr_fused.options import Backend, Clipping
 from sgdr_fused.state_dict import adopted, saved_by_param, with_host_values
-from sgdr_fused.steppers import check_backend, new_stepper, stepper_after_refusal, traced_stepper
+from sgdr_fused.steppers import (
+    check_backend,
+    new_lock,
+    new_stepper,
+    stepper_after_refusal,
+    traced_stepper,
+)
 
 __all__ = ["SteppedOptimizer"]
 
@@ -52,7 +58,9 @@ class SteppedOptimizer(Optimizer):
         check_backend(backend)
         self.backend = backend
         self._clipping = clipping
-        self._stepper = new_stepper(backend, clipping)
+        # Whatever changes groups, state or stepper holds it, and so does a step.
+        self._lock = new_lock()
+        self._stepper = new_stepper(backend, clipping, self._lock)
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------------------------------
@@ -153,13 +161,20 @@ class SteppedOptimizer(Optimizer):
             self._fall_back()
 
     def _fall_back(self) -> None:
-        self._stepper = stepper_after_refusal(
-            self._stepper, self.backend, self._clipping, self.param_groups, self.state
-        )
+        with self._lock:
+            self._stepper = stepper_after_refusal(
+                self._stepper,
+                self.backend,
+                self._clipping,
+                self._lock,
+                self.param_groups,
+                self.state,
+            )
 
     def _set_clipping(self, clipping: Clipping) -> None:
-        self._clipping = clipping
-        self._stepper.set_clipping(*clipping)
+        with self._lock:
+            self._clipping = clipping
+            self._stepper.set_clipping(*clipping)
 
     def _sync(self) -> None:
         self._stepper.sync(self.param_groups, self.state)
@@ -188,13 +203,14 @@ class SteppedOptimizer(Optimizer):
             ValueError: An option is out of its range, a parameter is listed twice, or the
                 parameters are on several devices.
         """
-        super().add_param_group(with_unique_params(param_group))
-        try:
-            complete_new_group(self.param_groups)
-        except (ValueError, TypeError):
-            self.param_groups.pop()
-            raise
-        self._sync()
+        with self._lock:
+            super().add_param_group(with_unique_params(param_group))
+            try:
+                complete_new_group(self.param_groups)
+                self._sync()
+            except BaseException:
+                self.param_groups.pop()
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, which can be loaded on any device.
@@ -204,14 +220,17 @@ class SteppedOptimizer(Optimizer):
             schedule's position.
         """
         checkpoint_call = CheckpointCall.current()
-        if checkpoint_call is not None:
-            checkpoint_call.add_missing_keys(self.param_groups, self.state)
-        packed = super().state_dict()
-        if self._is_on_device():
-            packed = with_host_values(packed, *self._on_host())
-        if checkpoint_call is not None:
-            packed["state"] = checkpoint_call.with_placeholders(self.param_groups, packed["state"])
-        return packed
+        with self._lock:
+            if checkpoint_call is not None:
+                checkpoint_call.add_missing_keys(self.param_groups, self.state)
+            packed = super().state_dict()
+            if self._is_on_device():
+                packed = with_host_values(packed, *self._on_host())
+            if checkpoint_call is not None:
+                packed["state"] = checkpoint_call.with_placeholders(
+                    self.param_groups, packed["state"]
+                )
+            return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from :meth:`state_dict`, or that of a ``torch.optim.SGD``.
@@ -231,7 +250,8 @@ class SteppedOptimizer(Optimizer):
         # Registered last, it sees the state_dict as the user's own hooks have changed it.
         hook = self.register_load_state_dict_pre_hook(note_saved_state)
         try:
-            super().load_state_dict(state_dict)
+            with self._lock:
+                super().load_state_dict(state_dict)
         finally:
             hook.remove()
             self._saved_state = {}
@@ -248,7 +268,8 @@ class SteppedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
-        groups, state = self._on_host()
+        with self._lock:
+            groups, state = self._on_host()
         return super().__getstate__() | {
             "backend": self.backend,
             "_clipping": self._clipping,
@@ -260,7 +281,9 @@ class SteppedOptimizer(Optimizer):
         """Set the state, from pickle or ``load_state_dict``; an error changes nothing."""
         if "param_groups" in self.__dict__:
             state = adopted(self.param_groups, state, self._saved_state)
+        else:
+            self._lock = new_lock()
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
-        self._stepper = new_stepper(self.backend, self._clipping)
+        self._stepper = new_stepper(self.backend, self._clipping, self._lock)
         self._sync()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgdr_fused import native
 from sgdr_fused.device_state import DeviceState
-from sgdr_fused.groups import check_group, is_unchanged, sync_group
+from sgdr_fused.groups import check_group, check_groups, is_unchanged, kept_on_success, sync_group
 from sgdr_fused.options import GROUP_OPTIONS, Clipping, Support
 from sgdr_fused.tensors import check_tensors
 
@@ -155,37 +155,37 @@ class TracedStepper:
         Raises:
             ValueError: An option is out of its range.
         """
+        check_groups(param_groups)
         del self._states[len(param_groups) :], self._groups_before[len(param_groups) :]
         self._states += [None] * (len(param_groups) - len(self._states))
         self._groups_before += [{}] * (len(param_groups) - len(self._groups_before))
-        for i, group in enumerate(param_groups):
-            before = self._groups_before[i]
-            if is_unchanged(group, before):
-                continue
-            self._sync_group(i, group, before, state)
-            self._groups_before[i] = dict(group)
+        with kept_on_success(param_groups):
+            for i, group in enumerate(param_groups):
+                before = self._groups_before[i]
+                if is_unchanged(group, before):
+                    continue
+                self._sync_group(i, group, state)
+                self._groups_before[i] = dict(group)
 
     def _sync_group(
         self,
         i: int,
         group: MutableMapping[str, Any],
-        before: Mapping[str, Any],
         state: MutableMapping[Tensor, Any],
     ) -> None:
         device_state = self._state_in_tensors(i, group)
         if device_state is None:
-            sync_group(group, before.get("lr"))
+            sync_group(group)
             self._states[i] = DeviceState.make(group, state)
             return
         self._states[i] = device_state
         check_group(group)
-        lr_was_set = group["lr"] is not before.get("lr")
         device_state.write_changes_of(group)
-        if before and not lr_was_set:
-            # An option of the schedule may have changed, so the LR is computed anew.
-            numbers = dict(group) | device_state.numbers()
-            sync_group(numbers, numbers["lr"])
-            device_state.fields["lr"].fill_(numbers["lr"])
+        # An option of the schedule may have changed, so the LR is computed anew.
+        numbers = dict(group) | device_state.numbers()
+        sync_group(numbers)
+        for name in ("lr", "scheduled_lr"):
+            device_state.fields[name].fill_(numbers[name])
 
     def _state_in_tensors(self, i: int, group: MutableMapping[str, Any]) -> DeviceState | None:
         """The tensors that hold the group's state; None, and numbers in the group, if none fit.
@@ -224,10 +224,11 @@ class TracedStepper:
                 grads.append(param.grad)
                 if group["momentum"] == 0:
                     continue
-                buffer = state[param].get("momentum_buffer")
+                of_param = state.setdefault(param, {})
+                buffer = of_param.get("momentum_buffer")
                 if buffer is None:
                     with torch.no_grad():
-                        buffer = state[param]["momentum_buffer"] = torch.zeros_like(param)
+                        buffer = of_param["momentum_buffer"] = torch.zeros_like(param)
                     is_empty[i] = 1
                 buffers.append(buffer)
             memories.append(device_state.memory)

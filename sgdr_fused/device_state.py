@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ __all__ = [
     "to_host",
 ]
 
-# The layout of the C++ struct GroupMemory, in 64-bit words: the Position, "lr" as a double,
-# "skipped_steps" and a word of the kernel's own. One word for each parameter follows, the C++
-# struct ParamState: a byte for each role, and n_averaged in the upper half.
-_WORDS = 7
+# The layout of the C++ struct GroupMemory in 64-bit words: the Position, "lr" and "scheduled_lr" as
+# doubles, "skipped_steps" and a word of the kernel's own. One word for each parameter follows, the
+# C++ struct ParamState: a byte for each role, and n_averaged in the upper half.
+_WORDS = 8
 _ROLES = ("momentum_buffer", "ema", "master_param")
 
 
@@ -32,15 +33,16 @@ class DeviceState:
     """A group's place in its schedule, its LR and its first-step flags, as the kernel keeps them.
 
     A group whose parameters are on a GPU has views of this memory as ``param_group["step"]``,
-    ``["cycle"]``, ``["T_cur"]``, ``["T_i"]``, ``["lr"]`` and ``["skipped_steps"]``: 0-dim tensors,
-    and reading one synchronizes. See Note [State on the GPU] in csrc/python/group_on_gpu.h.
+    ``["cycle"]``, ``["T_cur"]``, ``["T_i"]``, ``["lr"]``, ``["scheduled_lr"]`` and
+    ``["skipped_steps"]``: 0-dim tensors, and reading one synchronizes. See Note [State on the GPU]
+    in csrc/python/group_on_gpu.h.
 
     Args:
         memory: The memory, of dtype int64.
         params: The group's parameters.
 
     Attributes:
-        fields: The six 0-dim tensors, by name.
+        fields: The seven 0-dim tensors, by name.
         is_empty: uint8 tensors by role ("momentum_buffer", "ema", "master_param"), one element for
             each parameter: 1 while the parameter's tensor of that role has no value yet, else 0.
         n_averaged: int32 tensor: the number of weights in each parameter's equal average.
@@ -48,13 +50,20 @@ class DeviceState:
 
     def __init__(self, memory: Tensor, params: Iterable[Any]) -> None:
         self.memory = memory
-        self.params = list(params)
+        # They do not keep parameters alive that the user has dropped.
+        self._params = [ref(param) for param in params]
         self.fields = {name: memory[i] for i, name in enumerate(Position._fields)}
         self.fields["lr"] = memory.view(torch.float64)[len(Position._fields)]
-        self.fields["skipped_steps"] = memory[len(Position._fields) + 1]
+        self.fields["scheduled_lr"] = memory.view(torch.float64)[len(Position._fields) + 1]
+        self.fields["skipped_steps"] = memory[len(Position._fields) + 2]
         flags = memory[_WORDS:].view(torch.uint8).view(-1, 8)
         self.is_empty = {role: flags[:, i] for i, role in enumerate(_ROLES)}
         self.n_averaged = memory[_WORDS:].view(torch.int32)[1::2]
+
+    @property
+    def params(self) -> list[Any]:
+        """The group's parameters; None for one that no longer exists."""
+        return [param() for param in self._params]
 
     @classmethod
     def make(cls, group: MutableMapping[str, Any], state: Mapping[Tensor, Any]) -> DeviceState:
@@ -95,7 +104,9 @@ class DeviceState:
     def to_cpu(self) -> DeviceState:
         """A copy on the host; synchronizes."""
         _refuse_capture("the optimizer's state has to be read")
-        return DeviceState(self.memory.cpu(), self.params)
+        copy = DeviceState(self.memory.cpu(), ())
+        copy._params = self._params
+        return copy
 
     def numbers(self) -> dict[str, Any]:
         """The fields as Python numbers; synchronizes for a GPU."""
@@ -117,7 +128,6 @@ class DeviceState:
 
 def sync_group_on_device(
     group: MutableMapping[str, Any],
-    lr_before: object,
     device_state: DeviceState | None,
     state: MutableMapping[Tensor, Any],
 ) -> DeviceState | None:
@@ -125,7 +135,6 @@ def sync_group_on_device(
 
     Args:
         group: A param group.
-        lr_before: The object that ``lr`` was after the last step; None before the first.
         device_state: This function's last result for the group.
         state: The optimizer's.
 
@@ -145,17 +154,17 @@ def sync_group_on_device(
         check_group(group)
         device_state.write_changes_of(group)
         return device_state
-    sync_group(group, lr_before)
+    sync_group(group)
     if params and isinstance(params[0], Tensor) and params[0].is_cuda:
         return DeviceState.make(group, state)
     return None
 
 
 def sync_group_on_host(
-    group: MutableMapping[str, Any], lr_before: object, _device_state: None, _state: object
+    group: MutableMapping[str, Any], _device_state: None, _state: object
 ) -> None:
     """:func:`sync_group` with the signature of :func:`sync_group_on_device`."""
-    sync_group(group, lr_before)
+    sync_group(group)
 
 
 def restart_group(
@@ -204,7 +213,7 @@ def _to_host(
     on_host = device_state.to_cpu()
     group.update(on_host.numbers())
     for i, param in enumerate(on_host.params):
-        of_param = state.get(param)
+        of_param = state.get(param) if param is not None else None
         if of_param is None:
             continue
         for role in _ROLES:

@@ -22,14 +22,17 @@ def swapped_in(
         param_groups: The optimizer's.
         state: The optimizer's, on the host.
     """
-    own = {}
+    averages = {
+        param: state[param]["ema"]
+        for param in _params(param_groups)
+        if state.get(param, {}).get("ema") is not None
+    }
+    # All before the first is overwritten: parameters may share memory.
+    own = {param: param.detach().clone() for param in averages}
     try:
         with torch.no_grad():
-            for param in _params(param_groups):
-                ema = state.get(param, {}).get("ema")
-                if ema is not None:
-                    own[param] = param.detach().clone()
-                    param.copy_(ema)
+            for param, ema in averages.items():
+                param.copy_(ema)
         yield
     finally:
         with torch.no_grad():

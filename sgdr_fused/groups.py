@@ -3,27 +3,95 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, MutableMapping, Sequence, ValuesView
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import ParameterList
 
-from sgdr_fused.options import check_group_options
+from sgdr_fused.options import GROUP_OPTIONS, check_group_options
 from sgdr_fused.schedule import CosineWarmRestarts, Position
 
 __all__ = [
+    "advance_group",
     "check_group",
+    "check_groups",
     "complete_new_group",
     "drop_momentum",
     "is_unchanged",
+    "kept_on_success",
     "move_group",
     "position_of",
     "sync_group",
     "with_unique_params",
 ]
 
+# What a group has besides its options.
+_OWN_ENTRIES = ("params", "initial_lr", "scheduled_lr", "skipped_steps", *Position._fields)
+_ENTRIES = frozenset((*_OWN_ENTRIES, *(option.name for option in GROUP_OPTIONS)))
 _LEAST = {"step": 0, "cycle": 0, "T_cur": -math.inf, "T_i": 1, "skipped_steps": 0}
+
+
+def check_groups(param_groups: Sequence[MutableMapping[str, Any]]) -> None:
+    """Raises for what is no param group; makes each group's ``params`` a list.
+
+    Args:
+        param_groups: The optimizer's.
+
+    Raises:
+        TypeError: ``param_groups`` is no list, a group no dict, or its ``params`` no list of
+            tensors. A generator has been listed all the same, because it can be only once.
+        ValueError: A group lacks an entry.
+    """
+    if not isinstance(param_groups, list):
+        raise TypeError(
+            f"optimizer.param_groups is of type {type(param_groups).__name__}, but must be a list"
+        )
+    for i, group in enumerate(param_groups):
+        if not isinstance(group, dict):
+            raise TypeError(
+                f"param_groups[{i}] is of type {type(group).__name__}, but must be a dict; add "
+                "groups with add_param_group()"
+            )
+        missing = _ENTRIES - group.keys()
+        if missing:
+            raise ValueError(
+                f"param_groups[{i}] has no {sorted(missing)[0]!r}; add groups with "
+                "add_param_group()"
+            )
+        if type(group["params"]) is not list:
+            group["params"] = _listed(f'param_groups[{i}]["params"]', group["params"])
+        for j, param in enumerate(group["params"]):
+            if not isinstance(param, Tensor):
+                raise TypeError(
+                    f'param_groups[{i}]["params"][{j}] is of type {type(param).__name__}, but '
+                    "must be a tensor"
+                )
+
+
+def _listed(name: str, params: Any) -> list[Any]:
+    # A tensor and an ndarray could be iterated, but over their rows, and a set in any order.
+    if isinstance(params, (list, tuple, Iterator, KeysView, ValuesView, ParameterList)):
+        return list(params)
+    raise TypeError(
+        f"{name} is of type {type(params).__name__}, but must be a list of tensors, or a tuple or "
+        "generator of them"
+    )
+
+
+@contextmanager
+def kept_on_success(param_groups: Sequence[MutableMapping[str, Any]]) -> Iterator[None]:
+    """Puts the groups' entries back if the ``with`` block raises."""
+    before = [(group, dict(group)) for group in param_groups]
+    try:
+        yield
+    except BaseException:
+        for group, entries in before:
+            group.clear()
+            group.update(entries)
+        raise
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -107,7 +175,26 @@ def position_of(group: Mapping[str, Any]) -> Position:
 
 def move_group(group: MutableMapping[str, Any], position: Position) -> None:
     """Sets a group's schedule to a position, and its LR to the LR there."""
-    group.update(position._asdict(), lr=CosineWarmRestarts.of_group(group).lr_of(position))
+    lr = CosineWarmRestarts.of_group(group).lr_of(position)
+    group.update(position._asdict(), lr=lr, scheduled_lr=lr)
+
+
+def advance_group(group: MutableMapping[str, Any]) -> bool:
+    """Moves a group's schedule one step on.
+
+    An LR that differs from the schedule's was set by hand. It holds until the schedule's next
+    change: for one step, or with ``anneal="epoch"`` until the next epoch.
+
+    Returns:
+        Whether a cycle other than the first begins.
+    """
+    schedule = CosineWarmRestarts.of_group(group)
+    position = schedule.advance(position_of(group))
+    lr, was_set_by_hand = group["lr"], group["lr"] != group["scheduled_lr"]
+    move_group(group, position)
+    if was_set_by_hand and not schedule.changes_lr(position):
+        group["lr"] = lr
+    return schedule.is_restart(position)
 
 
 def is_unchanged(group: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -122,14 +209,13 @@ def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) 
             state[param].pop("momentum_buffer", None)
 
 
-def sync_group(group: MutableMapping[str, Any], lr_before: object) -> None:
+def sync_group(group: MutableMapping[str, Any]) -> None:
     """Applies changes of a group's options; called before the first step that sees them.
+
+    The LR is computed anew, because the schedule may have changed, unless it was set by hand.
 
     Args:
         group: A param group.
-        lr_before: The object that ``lr`` was after the last step; None before the first. If it is
-            still that object, the LR is computed anew, because the schedule may have changed.
-            Otherwise the user has set it, and it holds for the next step.
 
     Raises:
         ValueError: An option is out of its range.
@@ -137,7 +223,7 @@ def sync_group(group: MutableMapping[str, Any], lr_before: object) -> None:
     if isinstance(group["lr"], Tensor):
         group["lr"] = float(group["lr"])
     check_group(group)
-    if group["lr"] is lr_before:
+    if group["lr"] == group["scheduled_lr"]:
         move_group(group, position_of(group))
 
 

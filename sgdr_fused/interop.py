@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from sgdr_fused.groups import check_group, position_of
+from sgdr_fused.groups import check_group, move_group, position_of
 from sgdr_fused.options import GROUP_OPTIONS, Clipping, Support
 from sgdr_fused.schedule import CosineWarmRestarts, Position
 
@@ -75,7 +75,8 @@ def continue_pair(
     """
     position = _position_of(scheduler, steps_per_epoch)
     for own, group in zip(param_groups, sgd.param_groups, strict=True):
-        own.update(position._asdict(), lr=float(group["lr"]))
+        move_group(own, position)
+        own["lr"] = float(group["lr"])
         check_group(own)
         for param in group["params"]:
             buffer = sgd.state.get(param, {}).get("momentum_buffer")

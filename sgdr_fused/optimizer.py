@@ -273,10 +273,11 @@ class FusedSGDR(SteppedOptimizer):
             ValueError: The group has no further cycle, because of ``n_cycles``.
         """
         groups = self.param_groups if group is None else [self.param_groups[group]]
-        starts = [CosineWarmRestarts.of_group(g).restart(position_of(g)) for g in groups]
-        for param_group, start in zip(groups, starts, strict=True):
-            restart_group(param_group, start, self.state)
-        self._sync()
+        with self._lock:
+            starts = [CosineWarmRestarts.of_group(g).restart(position_of(g)) for g in groups]
+            for param_group, start in zip(groups, starts, strict=True):
+                restart_group(param_group, start, self.state)
+            self._sync()
         for hook in tuple(self._restart_hooks):
             hook.after_restart(groups)
 
@@ -319,10 +320,11 @@ class FusedSGDR(SteppedOptimizer):
         Raises:
             ValueError: ``step`` is negative or not an integer.
         """
-        positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
-        for group, position in zip(self.param_groups, positions, strict=True):
-            move_group(group, position)
-        self._sync()
+        with self._lock:
+            positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
+            for group, position in zip(self.param_groups, positions, strict=True):
+                move_group(group, position)
+            self._sync()
 
     # ---------------------------------------------------------------------------------------
     # interop

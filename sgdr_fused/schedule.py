@@ -209,6 +209,11 @@ class CosineWarmRestarts:
         """Whether a cycle comes after the last of ``n_cycles``."""
         return self.n_cycles is not None and cycle >= self.n_cycles
 
+    def changes_lr(self, position: Position) -> bool:
+        """Whether the LR at a position can differ from that of the step before."""
+        every = self.steps_per_epoch if self.anneal == "epoch" else 1
+        return position.T_cur <= 0 or position.T_cur % every == 0
+
     def lr_of(self, position: Position) -> float:
         """LR of the step taken at a position."""
         if position.T_cur < 0:

@@ -106,8 +106,11 @@ def _adopted_group(i: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     try:
         group["initial_lr"] = float(group["initial_lr"])
         check_group(group)
-        if not is_ours:
+        lr = group["lr"]
+        if not is_ours or "scheduled_lr" not in saved:
             move_group(group, position_of(group))
+        if is_ours:
+            group["lr"] = lr
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"the state_dict does not fit: param_groups[{i}]: {error!r}") from error
     return group

@@ -8,6 +8,8 @@ where torch.compile traces a step, because a graph needs the schedule's state in
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from threading import RLock
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,12 +17,20 @@ from torch import Tensor
 from sgdr_fused import native
 from sgdr_fused.compiled import TracedStepper, is_traceable
 from sgdr_fused.device_state import sync_group_on_device, sync_group_on_host, to_host
+from sgdr_fused.groups import check_groups
 from sgdr_fused.options import Backend, Clipping, check_option
 from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.shards import local_tensor, shard_axes, sum_over_shards
 from sgdr_fused.tensors import check_tensors, kinds_of_tensors
 
-__all__ = ["Stepper", "check_backend", "new_stepper", "stepper_after_refusal", "traced_stepper"]
+__all__ = [
+    "Stepper",
+    "check_backend",
+    "new_lock",
+    "new_stepper",
+    "stepper_after_refusal",
+    "traced_stepper",
+]
 
 _SLOWER = "FusedSGDR takes the slower reference path: "
 
@@ -74,16 +84,28 @@ def check_backend(backend: Backend) -> None:
         raise RuntimeError(f'backend="native" is not available: {native.why_missing}')
 
 
-def new_stepper(backend: Backend, clipping: Clipping) -> Stepper:
+def new_lock() -> AbstractContextManager[Any]:
+    """A lock that lets one thread at a time into an optimizer.
+
+    The native stepper takes it itself, because Python's own would cost a small step a twentieth.
+    """
+    lock: AbstractContextManager[Any]
+    lock = RLock() if native.extension is None else native.extension.StepLock()
+    return lock
+
+
+def new_stepper(backend: Backend, clipping: Clipping, lock: AbstractContextManager[Any]) -> Stepper:
     """The native stepper; the reference if it is asked for, or without the native extension."""
     stepper: Stepper
     if backend == "reference":
-        stepper = ReferenceStepper()
+        stepper = ReferenceStepper(lock)
     elif native.extension is None:
-        stepper = ReferenceStepper(_SLOWER + native.why_missing)
+        stepper = ReferenceStepper(lock, _SLOWER + native.why_missing)
     else:
         sync_group = sync_group_on_device if native.extension.has_cuda else sync_group_on_host
-        stepper = native.extension.Stepper(sync_group, local_tensor, shard_axes, sum_over_shards)
+        stepper = native.extension.Stepper(
+            lock, check_groups, sync_group, local_tensor, shard_axes, sum_over_shards
+        )
     stepper.set_clipping(*clipping)
     return stepper
 
@@ -92,6 +114,7 @@ def stepper_after_refusal(
     stepper: Stepper,
     backend: Backend,
     clipping: Clipping,
+    lock: AbstractContextManager[Any],
     param_groups: Sequence[MutableMapping[str, Any]],
     state: MutableMapping[Tensor, Any],
 ) -> Stepper:
@@ -104,6 +127,7 @@ def stepper_after_refusal(
         stepper: The one that returned False.
         backend: Which backend the user wants.
         clipping: Options of the whole optimizer.
+        lock: The optimizer's.
         param_groups: The optimizer's; moved to the host.
         state: The optimizer's; moved to the host.
 
@@ -113,7 +137,8 @@ def stepper_after_refusal(
     """
     if isinstance(stepper, TracedStepper):
         to_host(param_groups, state)
-        return new_stepper(backend, clipping)
+        return new_stepper(backend, clipping, lock)
+    check_groups(param_groups)
     check_tensors(param_groups, state)
     reason = (
         "the native step does not take a device, dtype or tensor subclass in use: "
@@ -122,7 +147,7 @@ def stepper_after_refusal(
     if backend == "native":
         raise RuntimeError(f'backend="native" cannot take this step: {reason}')
     to_host(param_groups, state)
-    reference = ReferenceStepper(_SLOWER + reason)
+    reference = ReferenceStepper(lock, _SLOWER + reason)
     reference.set_clipping(*clipping)
     return reference
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgdr_fused.shards import place_in_words, placement_of
+from sgdr_fused.shards import local_tensor, place_in_words, placement_of
 
 __all__ = [
     "arithmetic_dtype",
@@ -80,8 +81,6 @@ def check_tensors(
         RuntimeError: The same, where torch.optim.SGD raises a RuntimeError.
     """
     for name, group, param in named_params(param_groups):
-        if not isinstance(param, Tensor):
-            raise ValueError(f"{name} is {param!r}; a param group may hold tensors only")
         grad = param.grad
         if grad is None:
             continue
@@ -97,9 +96,19 @@ def check_tensors(
         if param.layout != torch.strided:
             raise ValueError(f"{name} has layout {param.layout}; parameters must be dense")
         _check_fits(name, "gradient", grad, param)
-        _refuse_lazy_view(name, param)
-        _refuse_overlap(name, param)
+        if placement_of(grad) is not None and placement_of(param) is None:
+            raise ValueError(
+                f"{name} is a plain tensor, but its gradient a {type(grad).__name__}; set the "
+                "gradient to its full_tensor() or to_local()"
+            )
+        _check_writable(name, param)
+        tensors = {"parameter": param, "gradient": grad}
         of_param = state.get(param, {})
+        if not isinstance(of_param, dict):
+            raise TypeError(
+                f"optimizer.state[param] is of type {type(of_param).__name__}, but must be a dict; "
+                "delete it to start anew"
+            )
         for role, dtype in dtypes_of_state(group, param).items():
             tensor = of_param.get(role)
             if tensor is None:
@@ -107,18 +116,25 @@ def check_tensors(
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{name} has {role}={tensor!r}; it must be a tensor or None")
             _check_fits(name, role, tensor, param)
-            _refuse_lazy_view(f"{name}'s {role}", tensor)
-            _refuse_overlap(f"{name}'s {role}", tensor)
+            _check_writable(f"{name}'s {role}", tensor)
             if placement_of(tensor) != placement_of(param):
                 raise ValueError(
                     f"{name} is placed as {place_in_words(param)}, but its {role} as "
                     f"{place_in_words(tensor)}; redistribute() one of the two, or let "
                     "load_state_dict() place the state"
                 )
-            if role != "momentum_buffer" and tensor.dtype != dtype:
+            # A momentum buffer may be of any precision: momentum_dtype can be changed.
+            is_fit = (
+                tensor.is_floating_point() or tensor.is_complex()
+                if role == "momentum_buffer"
+                else tensor.dtype == dtype
+            )
+            if not is_fit:
                 raise ValueError(
                     f"{name} has state[{role!r}] of dtype {tensor.dtype}; it must be of {dtype}"
                 )
+            tensors[role] = tensor
+        _refuse_shared_memory(name, tensors)
 
 
 def kinds_of_tensors(param_groups: Sequence[Mapping[str, Any]]) -> str:
@@ -146,7 +162,14 @@ def _check_fits(name: str, role: str, tensor: Tensor, param: Tensor) -> None:
         )
 
 
-def _refuse_overlap(name: str, tensor: Tensor) -> None:
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in inference mode, so it cannot be updated outside of it; pass a "
+            "clone() of it instead"
+        )
+    if tensor._is_zerotensor():
+        raise RuntimeError(f"{name} is a ZeroTensor, without memory; pass a clone() of it instead")
     if torch._debug_has_internal_overlap(tensor) == 1:
         raise RuntimeError(
             f"{name} has several elements at one memory address (was it expanded?); "
@@ -154,12 +177,30 @@ def _refuse_overlap(name: str, tensor: Tensor) -> None:
         )
 
 
-def _refuse_lazy_view(name: str, tensor: Tensor) -> None:
-    if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(
-            f"{name} is a lazy conjugate or negative view, whose memory holds other numbers; "
-            "pass .resolve_conj().resolve_neg() of it"
-        )
+def _refuse_shared_memory(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises if writing one tensor of a parameter changes another."""
+    ranges = {role: _memory(tensor) for role, tensor in tensors.items()}
+    for (role, own), (other, theirs) in combinations(ranges.items(), 2):
+        # A gradient may be the parameter itself, which is updated element by element.
+        is_itself = {role, other} == {"parameter", "gradient"} and own == theirs
+        if own and theirs and own[0] < theirs[1] and theirs[0] < own[1] and not is_itself:
+            raise ValueError(
+                f"{name}'s {other} shares memory with its {role}; pass a clone() of one of them"
+            )
+
+
+def _memory(tensor: Tensor) -> tuple[int, int] | None:
+    """The addresses between which a tensor lies; None if there are gaps between its elements."""
+    local = local_tensor(tensor, tensor)
+    if local is None:
+        return None
+    numel = 1
+    for stride, size in sorted(zip(local.stride(), local.shape, strict=True)):
+        if size != 1 and stride != numel:
+            return None
+        numel *= size
+    begin = local.data_ptr()
+    return begin, begin + numel * local.element_size()
 
 
 def _plain(value: object) -> object:

@@ -19,7 +19,7 @@ from pair import (
     snapshot,
 )
 
-from sgdr_fused import FusedSGDR, native
+from sgdr_fused import CosineWarmRestarts, FusedSGDR, native
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2, "T_0": 3}
 needs_native = pytest.mark.skipif(native.extension is None, reason=native.why_missing)
@@ -74,7 +74,7 @@ def run_python(code):
 STEP = """
 import warnings
 import torch
-from sgdr_fused import FusedSGDR, native
+from sgdr_fused import CosineWarmRestarts, FusedSGDR, native
 
 assert native.extension is None
 param = torch.nn.Parameter(torch.ones(3))
@@ -369,24 +369,23 @@ def test_gradient_that_another_thread_removes_during_a_step_lives_until_its_end(
 
 
 @needs_native
-def test_step_of_an_optimizer_that_is_stepping_is_an_error():
+def test_step_waits_for_the_step_of_another_thread():
     large = LargeStep()
-    errors = []
+    seen = []
 
     def step_too():
-        try:
-            large.optimizer.step()
-        except RuntimeError as error:
-            errors.append(str(error))
+        began_beside = large.is_stepping
+        large.optimizer.step()
+        seen.append((began_beside, large.is_stepping))
 
-    calls = 0
-    while not errors and calls < 2 * large.TRIALS:
+    for _ in range(large.TRIALS):
         large.step_beside(step_too)
-        calls += 2
-    assert len(errors) == 1
-    assert "still running" in errors[0]
-    assert large.optimizer.param_groups[0]["step"] == calls - 1
-    large.optimizer.step()
+        if seen[-1][0]:
+            break
+    assert seen[-1] == (True, False)
+    assert large.optimizer.param_groups[0]["step"] == 2 * len(seen)
+    rates = sum(CosineWarmRestarts(lr=0.5, T_0=100).lr_at(step) for step in range(2 * len(seen)))
+    torch.testing.assert_close(large.param[:3], torch.full([3], -rates))
 
 
 def test_step_from_a_gradient_hook_of_another_thread_has_the_same_bits(backend):

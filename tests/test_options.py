@@ -164,7 +164,7 @@ def test_step_with_an_option_that_the_op_lacks_is_not_traced(name):
 def test_native_stepper_reads_each_option(name):
     optimizer = make_optimizer(backend="native")
     (group,) = optimizer.param_groups
-    stepper = native.extension.Stepper(*[lambda *_: None] * 4)
+    stepper = native.extension.Stepper(native.extension.StepLock(), *[lambda *_: None] * 5)
     stepper.sync([dict(group)], optimizer.state)
     del group[name]
     with pytest.raises(KeyError, match=rf"^'{name}'$"):

@@ -180,6 +180,39 @@ SGDR_INLINE void prefetch(const TensorEntry& entry) {
   }
 }
 
+// Whether parameters share memory, as weights do that are tied by their .data. One thread then
+// updates them in order, as torch.optim.SGD's for-loop does.
+bool share_memory(std::span<const TensorEntry> tensors) {
+  struct Range {
+    uintptr_t begin, end;
+    bool is_written;
+  };
+  std::vector<Range> ranges;
+  for (const TensorEntry& entry : tensors) {
+    const auto add = [&](const void* memory, ElementType type, bool is_written) {
+      const auto begin = reinterpret_cast<uintptr_t>(memory);
+      if (memory != nullptr)
+        ranges.push_back(
+            {begin, begin + static_cast<size_t>(entry.numel) * element_size(type), is_written});
+    };
+    add(entry.param, entry.param_type, true);
+    add(entry.momentum_buffer, entry.momentum_type, true);
+    add(entry.ema, arithmetic_type(entry.param_type), true);
+    add(entry.low_precision_param, entry.low_precision_type, true);
+    if (entry.grad != entry.param) add(entry.grad, entry.grad_type, false);
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  uintptr_t end_of_read = 0, end_of_written = 0;
+  for (const Range& range : ranges) {
+    if (range.begin < (range.is_written ? std::max(end_of_read, end_of_written) : end_of_written))
+      return true;
+    uintptr_t& end = range.is_written ? end_of_written : end_of_read;
+    end = std::max(end, range.end);
+  }
+  return false;
+}
+
 template <class InstructionSet>
 void run(const Step& step) {
   struct Loops {
@@ -199,7 +232,7 @@ void run(const Step& step) {
       update_range<InstructionSet>(entry, begin, end, of_group.in_float);
   };
 
-  if (!is_worth_threads(step.tensors) || at::get_num_threads() == 1) {
+  if (!is_worth_threads(step.tensors) || at::get_num_threads() == 1 || share_memory(step.tensors)) {
     for (size_t i = 0; i < step.tensors.size(); ++i) {
       if (i + kTensorsAhead < step.tensors.size()) prefetch(step.tensors[i + kTensorsAhead]);
       update(step.tensors[i], 0, step.tensors[i].numel);

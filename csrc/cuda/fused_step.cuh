@@ -56,7 +56,7 @@ __device__ __forceinline__ GroupScalars group_scalars(const LaunchArgs& args,
                                                       const LaunchGroup& group) {
   const double lr = group.lr_source == LrSource::kState
                         ? group.state->lr
-                        : learning_rate(group.options.schedule, group.state->position);
+                        : refreshed_lr(group.options.schedule, *group.state);
   return scalars_of(group.options, lr, grad_scale(args), coefficient_of_grads(args));
 }
 
@@ -184,11 +184,10 @@ __device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
 }
 
 __device__ __forceinline__ void advance_group(const LaunchGroup& group) {
-  Position position = group.state->position;
-  advance(group.options.schedule, position);
-  group.state->position = position;
-  group.state->lr = learning_rate(group.options.schedule, position);
-  if (!group.options.reset_momentum || !at_restart(group.options.schedule, position)) return;
+  GroupState state = *group.state;
+  advance(group.options.schedule, state);
+  *group.state = state;
+  if (!group.options.reset_momentum || !at_restart(group.options.schedule, state.position)) return;
   for (uint32_t i = 0; i < group.param_count; ++i) group.params[i].momentum_is_empty = 1;
 }
 
@@ -208,8 +207,10 @@ __device__ __forceinline__ void skip_step(const LaunchArgs& args) {
   if (blockIdx.x != 0) return;
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
     const LaunchGroup& group = args.group(i);
-    if (group.lr_source == LrSource::kSchedule)
-      group.state->lr = learning_rate(group.options.schedule, group.state->position);
+    if (group.lr_source == LrSource::kSchedule && group.state->lr == group.state->scheduled_lr) {
+      group.state->lr = group.state->scheduled_lr =
+          learning_rate(group.options.schedule, group.state->position);
+    }
     if (group.advances) ++group.state->skipped_steps;
   }
 }

@@ -16,6 +16,15 @@ struct ShardedPart {
   std::vector<size_t> entries;
 };
 
+// Calls f, without the GIL if there is work for several threads. The step has to own its tensors
+// then.
+template <class F>
+auto without_gil(std::span<const TensorEntry> work, F f) {
+  if (!cpu::is_worth_threads(work)) return f();
+  const py::gil_scoped_release no_gil;
+  return f();
+}
+
 struct DeviceStep {
   c10::Device device;
   Flattener flattener;
@@ -24,15 +33,6 @@ struct DeviceStep {
   std::vector<LaunchGroup> launch_groups{};  // of a GPU
   std::vector<ShardedPart> sharded_parts{};  // if a norm is needed
   at::Tensor sum_of_squares{};               // on a GPU, if a norm is needed
-
-  // Calls f, without the GIL if there is work for several threads.
-  template <class F>
-  auto without_gil(std::span<const TensorEntry> work, F f) {
-    if (!cpu::is_worth_threads(work)) return f();
-    flattener.keep_alive();
-    const py::gil_scoped_release no_gil;
-    return f();
-  }
 
   void clear() {
     flattener.clear();

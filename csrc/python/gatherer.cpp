@@ -15,7 +15,7 @@ Gatherer::Gatherer(DeviceStep& target, const ParamGroup& group, uint32_t group_i
       // While a graph is captured that is left out: each replay would repeat it.
       zeroes_new_state_(group.on_gpu != nullptr && !cuda::is_capturing()) {}
 
-bool Gatherer::add(size_t index, const ParamAndState& found) {
+bool Gatherer::add(size_t index, ParamAndState& found) {
   const GroupOptions& options = group_.options;
   if (group_.on_gpu != nullptr) {
     for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
@@ -32,6 +32,7 @@ bool Gatherer::add(size_t index, const ParamAndState& found) {
   const bool is_half = element_size(element_type(param)) == 2;
   const bool has_master = options.master_weights && is_half;
   if (options.has_momentum()) {
+    if (options.momentum_type != ElementType::kNone && param.is_complex()) return false;
     const at::ScalarType dtype = options.momentum_type != ElementType::kNone
                                      ? scalar_type(options.momentum_type)
                                  : has_master ? at::kFloat
@@ -45,14 +46,16 @@ bool Gatherer::add(size_t index, const ParamAndState& found) {
     if (!find_or_make(found, index, kMasterParam, at::kFloat, tensors.param, entry.new_master))
       return false;
   }
+  const at::ScalarType ema_dtype = is_half ? at::kFloat : param.scalar_type();
   if (averages_in_this_step()) {
-    const at::ScalarType dtype = is_half ? at::kFloat : param.scalar_type();
     bool is_new = false;
-    if (!find_or_make(found, index, kEma, dtype, tensors.ema, is_new)) return false;
+    if (!find_or_make(found, index, kEma, ema_dtype, tensors.ema, is_new)) return false;
     if (options.averaging == Averaging::kExponential)
       entry.ema_decay = is_new ? 0 : options.ema_decay;
     else if (group_.on_gpu == nullptr)
       entry.ema_decay = decay_of_equal_average(count_averaged(found, is_new));
+  } else if (options.averaging != Averaging::kNone && !is_average_valid(found, ema_dtype)) {
+    return false;
   }
 
   if (!target_.flattener.flatten(tensors, entry)) return false;
@@ -84,13 +87,13 @@ bool Gatherer::averages_in_this_step() const {
       return true;
     default:
       // On a GPU only the kernel knows where the schedule stands.
-      return group_.on_gpu != nullptr || ends_cycle(group_.options.schedule, group_.position);
+      return group_.on_gpu != nullptr || ends_cycle(group_.options.schedule, group_.state.position);
   }
 }
 
 // The tensor of that role in a parameter's state, or else a new one. False if something else is
 // there.
-SGDR_INLINE bool Gatherer::find_or_make(const ParamAndState& param, size_t index, Role role,
+SGDR_INLINE bool Gatherer::find_or_make(ParamAndState& param, size_t index, Role role,
                                         at::ScalarType dtype, const at::Tensor*& tensor,
                                         bool& is_new) {
   PyObject* const found = param.state == nullptr ? nullptr : find(param.state, name_of(role));
@@ -99,17 +102,26 @@ SGDR_INLINE bool Gatherer::find_or_make(const ParamAndState& param, size_t index
     tensor = &THPVariable_Unpack(found);
     return true;
   }
-  tensor = &new_state_.make(param.param, role, dtype, group_.on_gpu.get(), index);
+  tensor = &new_state_.make(param, role, dtype, group_.on_gpu.get(), index);
   if (zeroes_new_state_) tensor->zero_();
   is_new = true;
   return true;
 }
 
+// Whether an average that this step leaves alone could be updated.
+bool Gatherer::is_average_valid(const ParamAndState& param, at::ScalarType dtype) const {
+  PyObject* const found = param.state == nullptr ? nullptr : find(param.state, names::ema());
+  if (found == nullptr || found == Py_None) return true;
+  if (!THPVariable_Check(found)) return false;
+  const at::Tensor& ema = THPVariable_Unpack(found);
+  return ema.scalar_type() == dtype && ema.sizes() == THPVariable_Unpack(param.param).sizes();
+}
+
 // How many weights an equal average holds before this step.
-int64_t Gatherer::count_averaged(const ParamAndState& param, bool is_new) {
+int64_t Gatherer::count_averaged(ParamAndState& param, bool is_new) {
   PyObject* const counted = is_new ? nullptr : find(param.state, names::n_averaged());
   const int64_t n_averaged = counted == nullptr ? 0 : py::handle(counted).cast<int64_t>();
-  new_state_.set_n_averaged(param.param, n_averaged + 1);
+  new_state_.set_n_averaged(param, n_averaged + 1);
   return n_averaged;
 }
 

@@ -19,14 +19,15 @@ class Gatherer {
 
   // Adds the group's parameter of that index, if it has a gradient. False if a tensor is of a kind
   // that no backend takes.
-  bool add(size_t index, const ParamAndState& param);
+  bool add(size_t index, ParamAndState& param);
 
  private:
   bool is_in_use(Role role) const;
   bool averages_in_this_step() const;
-  bool find_or_make(const ParamAndState& param, size_t index, Role role, at::ScalarType dtype,
+  bool find_or_make(ParamAndState& param, size_t index, Role role, at::ScalarType dtype,
                     const at::Tensor*& tensor, bool& is_new);
-  int64_t count_averaged(const ParamAndState& param, bool is_new);
+  bool is_average_valid(const ParamAndState& param, at::ScalarType dtype) const;
+  int64_t count_averaged(ParamAndState& param, bool is_new);
 
   DeviceStep& target_;
   const ParamGroup& group_;

@@ -44,7 +44,7 @@ void add_to_part(std::vector<ShardedPart>& parts, py::object axes, size_t entry)
 double sum_of_squared_grads_on_host(DeviceStep& step, const py::function& sum_over_shards) {
   double total = 0;
   for_each_part(step, [&](const std::vector<TensorEntry>& entries, const py::object& axes) {
-    double sum = step.without_gil(entries, [&] { return cpu::sum_of_squared_grads(entries); });
+    double sum = without_gil(entries, [&] { return cpu::sum_of_squared_grads(entries); });
     if (!axes.is_none()) {
       const at::Tensor over_shards = at::full({}, sum, at::kDouble);
       sum_over_shards(to_python(over_shards), axes);

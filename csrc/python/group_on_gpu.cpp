@@ -12,7 +12,7 @@ GroupOnGpu::GroupOnGpu(py::object device_state, PyObject* state)
   for (const py::handle param : py::list(device_state_.attr("params"))) {
     PyObject* const of_param = find(state, param.ptr());
     const auto stored = [&](Role role) { return WeakTensor(tensor_in(of_param, name_of(role))); };
-    params_.push_back({py::reinterpret_borrow<py::object>(param),
+    params_.push_back({WeakTensor(&THPVariable_Unpack(param.ptr())),
                        {stored(kMomentumBuffer), stored(kEma), stored(kMasterParam)}});
   }
 }
@@ -21,10 +21,10 @@ bool GroupOnGpu::belongs_to(PyObject* params) const {
   if (params_.empty() || static_cast<size_t>(PyList_GET_SIZE(params)) != params_.size())
     return false;
   for (size_t i = 0; i < params_.size(); ++i) {
-    if (PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)) != params_[i].param.ptr()) return false;
+    PyObject* const param = PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i));
+    if (!THPVariable_Check(param) || !params_[i].param.is(&THPVariable_Unpack(param))) return false;
   }
-  PyObject* const first = params_[0].param.ptr();
-  return THPVariable_Check(first) && THPVariable_Unpack(first).device() == memory_.device();
+  return THPVariable_Unpack(PyList_GET_ITEM(params, 0)).device() == memory_.device();
 }
 
 LaunchGroup GroupOnGpu::launch_group(const GroupOptions& options, uint32_t first_param,
@@ -58,9 +58,9 @@ void GroupOnGpu::sync_flag(size_t index, Role role, PyObject* state_of_param) {
   expected = WeakTensor(stored);
 }
 
-void GroupOnGpu::sync_flags(PyObject* state) {
+void GroupOnGpu::sync_flags(PyObject* params, PyObject* state) {
   for (size_t i = 0; i < params_.size(); ++i) {
-    PyObject* const of_param = find(state, params_[i].param.ptr());
+    PyObject* const of_param = find(state, PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)));
     for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) sync_flag(i, role, of_param);
   }
 }

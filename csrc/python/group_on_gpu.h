@@ -39,8 +39,8 @@ class GroupOnGpu {
   // state, or removed it.
   void sync_flag(size_t index, Role role, PyObject* state_of_param);
 
-  // Brings all flags up to date.
-  void sync_flags(PyObject* state);
+  // Brings all flags up to date. `params` is the list of the group's parameters.
+  void sync_flags(PyObject* params, PyObject* state);
 
   // Records a tensor that the step itself adds to the state, so that sync_flag() sees no change:
   // the kernel clears its flag.
@@ -51,7 +51,7 @@ class GroupOnGpu {
 
  private:
   struct Param {
-    py::object param;
+    WeakTensor param;
     std::array<WeakTensor, kRoles> tensors;  // the state tensors that the flags describe
   };
 

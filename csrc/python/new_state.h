@@ -11,40 +11,45 @@
 
 namespace sgdr {
 
-// What a step puts into optimizer.state once it has been taken.
+// What a step puts into optimizer.state once it has been taken. What can fail, or run Python code,
+// is done before the step's first write.
 class NewState {
  public:
   // Makes a tensor of the parameter's shape and strides, without content. `on_gpu` is null for a
-  // group on the host; `index` is the parameter's index in its group. The reference stays valid.
-  const at::Tensor& make(PyObject* param, Role role, at::ScalarType dtype, GroupOnGpu* on_gpu,
+  // group on the host; `index` is the parameter's index in its group. The reference stays valid,
+  // and `param` has to.
+  const at::Tensor& make(ParamAndState& param, Role role, at::ScalarType dtype, GroupOnGpu* on_gpu,
                          size_t index);
 
-  void set_n_averaged(PyObject* param, int64_t n_averaged) {
-    averaged_.push_back({param, n_averaged});
-  }
+  void set_n_averaged(ParamAndState& param, int64_t n_averaged);
 
-  void store(const py::dict& state) const;
+  bool empty() const { return entries_.empty(); }
 
-  void clear() {
-    tensors_.clear();
-    averaged_.clear();
-  }
+  // Gives each parameter a dict in optimizer.state. clear() takes an unused one away again.
+  void prepare(const py::dict& state);
+
+  // Runs no Python code.
+  void store();
+
+  void clear();
 
  private:
-  struct NewTensor {
-    PyObject* param;
-    Role role;
-    at::Tensor tensor;
-    GroupOnGpu* on_gpu;  // null for a group on the host
-    size_t index;
-  };
-  struct Averaged {
-    PyObject* param;
-    int64_t n_averaged;
+  struct Entry {
+    ParamAndState* param = nullptr;
+    PyObject* name = nullptr;
+    at::Tensor tensor{};           // undefined for a number
+    py::object value{};            // the tensor or number, once prepared
+    py::object of_param{};         // the dict that gets it, once prepared
+    GroupOnGpu* on_gpu = nullptr;  // null for a group on the host
+    Role role = kRoles;
+    size_t index = 0;
   };
 
-  std::deque<NewTensor> tensors_;  // its elements do not move
-  std::vector<Averaged> averaged_;
+  py::object dict_of(ParamAndState& param, const py::dict& state);
+
+  std::deque<Entry> entries_;  // its elements do not move
+  py::object state_;           // while it holds unused dicts
+  std::vector<py::object> params_with_unused_dict_;
 };
 
 }  // namespace sgdr

@@ -55,29 +55,28 @@ GroupOptions read_options(PyObject* dict) {
 }  // namespace
 
 bool ParamGroup::is_current(PyObject* dict) const {
-  if (!items_.matches(dict)) return false;
+  if (items_.empty() || !PyDict_Check(dict) || !items_.matches(dict)) return false;
+  if (!PyList_CheckExact(params())) return false;
   if constexpr (!cuda::kIsBuilt) return true;
   if (on_gpu != nullptr) return on_gpu->belongs_to(params());
   return size() == 0 || !THPVariable_Check(param(0)) || !THPVariable_Unpack(param(0)).is_cuda();
 }
 
-py::object ParamGroup::lr_object() const {
-  return items_.empty() ? py::none() : items_.value(indices_[kLr]);
-}
-
 void ParamGroup::read(PyObject* dict, bool is_on_host) {
   options = read_options(dict);
   if (is_on_host) {
-    lr = number(dict, names::lr());
-    position = {.step = integer(dict, names::step()),
-                .cycle = integer(dict, names::cycle()),
-                .T_cur = integer(dict, names::T_cur()),
-                .T_i = integer(dict, names::T_i())};
-    skipped_steps = integer(dict, names::skipped_steps());
+    state = {.position = {.step = integer(dict, names::step()),
+                          .cycle = integer(dict, names::cycle()),
+                          .T_cur = integer(dict, names::T_cur()),
+                          .T_i = integer(dict, names::T_i())},
+             .lr = number(dict, names::lr()),
+             .scheduled_lr = number(dict, names::scheduled_lr()),
+             .skipped_steps = integer(dict, names::skipped_steps())};
   }
   items_.take(dict);
   indices_[kParams] = items_.index_of(names::params());
   indices_[kLr] = items_.index_of(names::lr());
+  indices_[kScheduledLr] = items_.index_of(names::scheduled_lr());
   indices_[kStep] = items_.index_of(names::step());
   indices_[kCycle] = items_.index_of(names::cycle());
   indices_[kTCur] = items_.index_of(names::T_cur());
@@ -86,9 +85,12 @@ void ParamGroup::read(PyObject* dict, bool is_on_host) {
 }
 
 bool ParamGroup::advance_schedule(PyObject* dict) {
-  advance(options.schedule, position);
-  lr = learning_rate(options.schedule, position);
-  items_.store(dict, indices_[kLr], py::float_(lr));
+  advance(options.schedule, state);
+  const Position& position = state.position;
+  const py::float_ scheduled_lr(state.scheduled_lr);
+  items_.store(dict, indices_[kScheduledLr], scheduled_lr);
+  items_.store(dict, indices_[kLr],
+               state.lr == state.scheduled_lr ? scheduled_lr : py::float_(state.lr));
   items_.store(dict, indices_[kStep], py::int_(position.step));
   items_.store(dict, indices_[kTCur], py::int_(position.T_cur));
   if (position.T_cur != 0) return false;
@@ -101,7 +103,7 @@ void ParamGroup::count_skipped_step(PyObject* dict) {
   if (on_gpu != nullptr)
     on_gpu->count_skipped_step();
   else
-    items_.store(dict, indices_[kSkippedSteps], py::int_(++skipped_steps));
+    items_.store(dict, indices_[kSkippedSteps], py::int_(++state.skipped_steps));
 }
 
 }  // namespace sgdr

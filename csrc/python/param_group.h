@@ -14,25 +14,22 @@ namespace sgdr {
 class ParamGroup {
  public:
   GroupOptions options;
-  // On a GPU these three are in its memory instead.
-  double lr = 0;
-  Position position{};
-  int64_t skipped_steps = 0;
+  GroupState state;  // on a GPU it is in its memory instead
 
   uint32_t first_param = 0;            // index of its first parameter among those of all groups
   std::unique_ptr<GroupOnGpu> on_gpu;  // null for a group on the host
 
-  // Whether the dict holds the same objects as after the last step, on the same device.
+  // Whether it is a dict of the same objects as after the last step, on the same device.
   bool is_current(PyObject* dict) const;
 
-  // The object that the last step left as lr; None before the first.
-  py::object lr_object() const;
+  // The next step reads the dict anew.
+  void forget() { items_.clear(); }
 
   // Reads options and position from the dict, whose values have been checked.
   void read(PyObject* dict, bool is_on_host);
 
   // A list, borrowed.
-  PyObject* params() const { return items_.value(indices_[kParams]).ptr(); }
+  PyObject* params() const { return items_.value(indices_[kParams]); }
   size_t size() const { return static_cast<size_t>(PyList_GET_SIZE(params())); }
   PyObject* param(size_t i) const { return PyList_GET_ITEM(params(), static_cast<Py_ssize_t>(i)); }
 
@@ -43,7 +40,17 @@ class ParamGroup {
   void count_skipped_step(PyObject* dict);
 
  private:
-  enum Item : size_t { kParams, kLr, kStep, kCycle, kTCur, kTI, kSkippedSteps, kItems };
+  enum Item : size_t {
+    kParams,
+    kLr,
+    kScheduledLr,
+    kStep,
+    kCycle,
+    kTCur,
+    kTI,
+    kSkippedSteps,
+    kItems
+  };
 
   DictSnapshot items_;
   std::array<size_t, kItems> indices_{};  // their places in the snapshot

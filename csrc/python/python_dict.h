@@ -18,6 +18,7 @@ namespace names {
   }
 SGDR_INTERNED(params)
 SGDR_INTERNED(lr)
+SGDR_INTERNED(scheduled_lr)
 SGDR_INTERNED(initial_lr)
 SGDR_INTERNED(momentum)
 SGDR_INTERNED(dampening)

@@ -47,45 +47,69 @@ class ParamsWithState {
   template <class Groups>
   bool update(const Groups& groups, PyObject* state) {
     if (state_.matches(state) && holds_params_of(groups)) return true;
-    clear();
-    for (const auto& group : groups) {
-      for (size_t i = 0; i < group.size(); ++i) {
-        if (!THPVariable_Check(group.param(i))) {
-          clear();
-          return false;
-        }
-        found_.push_back(find_state(group.param(i), state));
-        params_.push_back(py::reinterpret_borrow<py::object>(group.param(i)));
+    state_.clear();
+    found_.clear();
+    group_ends_.clear();
+    // Python code may change lists and dicts while they are read.
+    std::vector<py::object> lists;
+    for (const auto& group : groups)
+      lists.push_back(py::list(py::handle(group.params()).attr("copy")()));
+    for (const py::object& params : lists) {
+      for (const py::handle param : params) {
+        if (!THPVariable_Check(param.ptr())) return false;
+        found_.push_back(find_state(param.ptr(), state));
+        own(found_.back());
       }
+      group_ends_.push_back(found_.size());
     }
     state_.take(state);
     return true;
   }
 
-  std::span<const ParamAndState> all() const { return found_; }
+  std::span<ParamAndState> of_group(size_t i) {
+    const size_t begin = i == 0 ? 0 : group_ends_[i - 1];
+    return std::span(found_).subspan(begin, group_ends_[i] - begin);
+  }
+
+  // Keeps all of them alive until the step's end: Python code will run, or the GIL be released.
+  void own() {
+    if (!owned_.empty()) return;
+    for (const ParamAndState& param : found_) own(param);
+  }
+
+  void end_step() { owned_.clear(); }
+
+  void clear() {
+    state_.clear();
+    found_.clear();
+    group_ends_.clear();
+  }
 
  private:
-  void clear() {
-    state_ = {};
-    params_.clear();
-    found_.clear();
+  void own(const ParamAndState& param) {
+    owned_.push_back(py::reinterpret_borrow<py::object>(param.param));
+    if (param.state != nullptr) owned_.push_back(py::reinterpret_borrow<py::object>(param.state));
   }
 
   template <class Groups>
   bool holds_params_of(const Groups& groups) const {
-    size_t next = 0;
+    if (groups.size() != group_ends_.size()) return false;
+    size_t next = 0, group_index = 0;
     for (const auto& group : groups) {
-      if (params_.size() - next < group.size()) return false;
-      for (size_t i = 0; i < group.size(); ++i, ++next) {
-        if (params_[next].ptr() != group.param(i)) return false;
+      const size_t size = group.size();
+      if (group_ends_[group_index++] - next != size) return false;
+      for (size_t i = 0; i < size; ++i, ++next) {
+        PyObject* const param = group.param(i);
+        if (found_[next].param != param || !THPVariable_Check(param)) return false;
       }
     }
-    return next == params_.size();
+    return true;
   }
 
   DictSnapshot state_;
-  std::vector<py::object> params_;
   std::vector<ParamAndState> found_;
+  std::vector<size_t> group_ends_;  // in found_
+  std::vector<py::object> owned_;
 };
 
 }  // namespace sgdr

@@ -25,32 +25,26 @@ const T* address_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
-PyObject* group_dict(const py::list& param_groups, size_t i) {
-  return PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i));
-}
-
-void drop_momentum(const ParamGroup& group, const py::dict& state) {
-  for (size_t i = 0; i < group.size(); ++i) {
-    PyObject* const of_param = find(state.ptr(), group.param(i));
-    if (of_param != nullptr && find(of_param, names::momentum_buffer()) != nullptr)
-      py::reinterpret_borrow<py::dict>(of_param).attr("pop")(py::handle(names::momentum_buffer()));
+void drop_momentum(std::span<const ParamAndState> params) {
+  for (const ParamAndState& param : params) {
+    if (param.state == nullptr || find(param.state, names::momentum_buffer()) == nullptr) continue;
+    if (PyDict_DelItem(param.state, names::momentum_buffer()) != 0) throw py::error_already_set();
   }
-}
-
-Flattener::LocalTensor as_cpp_function(py::function local_tensor) {
-  return [local_tensor = std::move(local_tensor)](const at::Tensor& tensor,
-                                                  const at::Tensor& param) -> at::Tensor {
-    const py::object local = local_tensor(to_python(tensor), to_python(param));
-    return local.is_none() ? at::Tensor() : THPVariable_Unpack(local.ptr());
-  };
 }
 
 }  // namespace
 
-Stepper::Stepper(py::function sync_group, py::function local_tensor, py::function shard_axes,
-                 py::function sum_over_shards)
-    : python_{std::move(sync_group), std::move(shard_axes), std::move(sum_over_shards)},
-      local_tensor_(as_cpp_function(std::move(local_tensor))),
+Stepper::Stepper(std::shared_ptr<StepLock> lock, py::function check_groups, py::function sync_group,
+                 py::function local_tensor, py::function shard_axes, py::function sum_over_shards)
+    : python_{std::move(check_groups), std::move(sync_group), std::move(shard_axes),
+              std::move(sum_over_shards)},
+      local_tensor_([this, local_tensor = std::move(local_tensor)](
+                        const at::Tensor& tensor, const at::Tensor& param) -> at::Tensor {
+        own();
+        const py::object local = local_tensor(to_python(tensor), to_python(param));
+        return local.is_none() ? at::Tensor() : THPVariable_Unpack(local.ptr());
+      }),
+      lock_(std::move(lock)),
       host_{at::kCPU, Flattener(at::kCPU, plain_host_keys(), local_tensor_)} {}
 
 void Stepper::set_clipping(std::optional<double> max_grad_norm, bool skip_nonfinite) {
@@ -58,105 +52,133 @@ void Stepper::set_clipping(std::optional<double> max_grad_norm, bool skip_nonfin
   if (!clipping_.needs_norm()) grad_norm_ = py::none();
 }
 
-// A callback or another thread may come while a step runs without the GIL.
-void Stepper::refuse_while_running() const {
-  if (is_running_)
-    throw std::runtime_error(
-        "the optimizer was changed, or its step() called, while its step() is still running");
-}
-
-// Guards one step: refuses re-entry, and clears what belongs to the step at its end.
+// Guards one step: keeps others out, and at its end clears what belongs to it. Unless it is kept,
+// everything is put back as it was.
 struct Stepper::RunningStep {
-  explicit RunningStep(Stepper& stepper) : stepper(stepper) {
-    stepper.refuse_while_running();
-    stepper.is_running_ = true;
-  }
+  explicit RunningStep(Stepper& stepper) : stepper(stepper) { stepper.lock_->begin_step(); }
   ~RunningStep() {
-    stepper.is_running_ = false;
     stepper.host_.clear();
     stepper.gpus_.clear();
     stepper.new_state_.clear();
+    stepper.params_.end_step();
+    stepper.owns_ = false;
+    if (!is_kept) {
+      stepper.groups_before_.restore();
+      stepper.params_.clear();
+      for (ParamGroup& group : stepper.groups_) group.forget();
+    }
+    stepper.groups_before_.forget();
+    stepper.group_dicts_.clear();
+    stepper.lock_->end_step();
   }
+
+  bool keep() { return is_kept = true; }
+
   Stepper& stepper;
+  bool is_kept = false;
 };
 
-bool Stepper::step(const py::list& param_groups, const py::dict& state,
+bool Stepper::step(const py::object& param_groups, const py::object& state,
                    const py::object& grad_scale, const py::object& found_inf) {
-  const RunningStep running(*this);
+  RunningStep running(*this);
   const at::NoGradGuard no_grad;
 
   sync_groups(param_groups, state);
   // If all groups are on GPUs, the kernels read grad_scale and found_inf: the host must not wait.
   const bool is_host_in_charge = !is_all_on_gpus();
   if (is_host_in_charge && !found_inf.is_none() && to_double(found_inf) != 0) {
-    count_skipped_step(param_groups);
-    return true;
+    count_skipped_step();
+    return running.keep();
   }
   const double scale = is_host_in_charge && !grad_scale.is_none() ? to_double(grad_scale) : 1;
   if (!gather(state.ptr())) return false;
   const std::optional<double> clip_coefficient = norm(scale);
   if (!clip_coefficient.has_value()) {
-    count_skipped_step(param_groups);
-    return true;
+    count_skipped_step();
+    return running.keep();
   }
+  // From the first write on, nothing runs Python code.
+  new_state_.prepare(state);
   run({grad_scale, found_inf}, scale, *clip_coefficient);
-  store(state);
-  advance(param_groups, state, !found_inf.is_none() || clipping_.skip_nonfinite);
-  return true;
+  store();
+  advance(!found_inf.is_none() || clipping_.skip_nonfinite);
+  return running.keep();
 }
 
-bool Stepper::step_param(const py::list& param_groups, const py::dict& state, uint32_t index) {
-  const RunningStep running(*this);
+bool Stepper::step_param(const py::object& param_groups, const py::object& state, size_t index) {
+  RunningStep running(*this);
   const at::NoGradGuard no_grad;
 
   sync_groups(param_groups, state);
   size_t group = 0;
-  while (group + 1 < groups_.size() && groups_[group + 1].first_param <= index) ++group;
+  while (group < groups_.size() && groups_[group].first_param + groups_[group].size() <= index)
+    ++group;
+  if (group == groups_.size())
+    throw py::index_error("the param groups hold no parameter of index " + std::to_string(index));
   const size_t in_group = index - groups_[group].first_param;
-  PyObject* const param = groups_[group].param(in_group);
-  if (!THPVariable_Check(param)) return false;
-  const ParamAndState found = find_state(param, state.ptr());
+  const auto param = py::reinterpret_borrow<py::object>(groups_[group].param(in_group));
+  if (!THPVariable_Check(param.ptr())) return false;
+  ParamAndState found = find_state(param.ptr(), state.ptr());
+  const auto state_of_param = py::reinterpret_borrow<py::object>(found.state);
   if (!gather_group(group, {&found, 1}, in_group, false)) return false;
+  new_state_.prepare(state);
   run({py::none(), py::none()}, 1, 1);
-  store(state);
-  return true;
+  store();
+  return running.keep();
 }
 
 // ------------------------------------------------------------------------------------------------
 // sync
 
-void Stepper::sync(const py::list& param_groups, const py::dict& state) {
-  refuse_while_running();
+void Stepper::sync(const py::object& param_groups, const py::object& state) {
+  RunningStep running(*this);
   const at::NoGradGuard no_grad;
   sync_groups(param_groups, state);
   for (const ParamGroup& group : groups_) {
-    if (group.on_gpu != nullptr) group.on_gpu->sync_flags(state.ptr());
+    if (group.on_gpu != nullptr) group.on_gpu->sync_flags(group.params(), state.ptr());
   }
+  running.keep();
 }
 
-void Stepper::sync_groups(const py::list& param_groups, const py::dict& state) {
-  groups_.resize(param_groups.size());
-  uint32_t first_param = 0;
+void Stepper::sync_groups(const py::object& param_groups, const py::object& state) {
+  if (!PyDict_Check(state.ptr())) {
+    throw py::type_error(std::string("optimizer.state is of type ") +
+                         Py_TYPE(state.ptr())->tp_name + ", but must be a dict");
+  }
+  const bool are_unchanged = are_current(param_groups);
+  if (!are_unchanged) python_.check_groups(param_groups);
+  for (const py::handle group : py::reinterpret_borrow<py::list>(param_groups))
+    group_dicts_.push_back(py::reinterpret_borrow<py::object>(group));
+  groups_.resize(group_dicts_.size());
+  size_t first_param = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
-    PyObject* const dict = group_dict(param_groups, i);
-    if (!groups_[i].is_current(dict)) sync_group(groups_[i], dict, state);
-    groups_[i].first_param = first_param;
-    first_param += static_cast<uint32_t>(groups_[i].size());
+    if (!are_unchanged && !groups_[i].is_current(group_dicts_[i].ptr()))
+      sync_group(groups_[i], group_dicts_[i], state);
+    groups_[i].first_param = static_cast<uint32_t>(first_param);
+    first_param += groups_[i].size();
   }
 }
 
-void Stepper::sync_group(ParamGroup& group, PyObject* dict, const py::dict& state) {
-  const py::object lr_before = group.lr_object();
-  const bool lr_is_by_hand = !get(dict, names::lr()).is(lr_before);
+bool Stepper::are_current(const py::object& param_groups) const {
+  PyObject* const list = param_groups.ptr();
+  if (!PyList_Check(list) || static_cast<size_t>(PyList_GET_SIZE(list)) != groups_.size())
+    return false;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    if (!groups_[i].is_current(PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i)))) return false;
+  }
+  return true;
+}
+
+void Stepper::sync_group(ParamGroup& group, const py::object& dict, const py::object& state) {
+  groups_before_.remember(dict);
   const py::object state_before =
       group.on_gpu == nullptr ? py::none() : group.on_gpu->device_state();
-  const py::object device_state =
-      python_.sync_group(py::handle(dict), lr_before, state_before, state);
+  const py::object device_state = python_.sync_group(dict, state_before, state);
   ParamGroup synced;
-  synced.read(dict, device_state.is_none());
+  synced.read(dict.ptr(), device_state.is_none());
   if (!device_state.is_none() && device_state.is(state_before)) {
     synced.on_gpu = std::move(group.on_gpu);
-    synced.on_gpu->lr_source = lr_is_by_hand ? LrSource::kState : LrSource::kSchedule;
+    synced.on_gpu->lr_source = LrSource::kSchedule;
   } else if (!device_state.is_none()) {
     synced.on_gpu = std::make_unique<GroupOnGpu>(device_state, state.ptr());
   }
@@ -175,16 +197,24 @@ bool Stepper::is_all_on_gpus() const {
 
 bool Stepper::gather(PyObject* state) {
   if (!params_.update(groups_, state)) return false;
-  std::span<const ParamAndState> rest = params_.all();
   for (size_t i = 0; i < groups_.size(); ++i) {
-    if (!gather_group(i, rest.first(groups_[i].size()), 0, true)) return false;
-    rest = rest.subspan(groups_[i].size());
+    if (!gather_group(i, params_.of_group(i), 0, true)) return false;
   }
+  // To release the GIL lets other threads in; to prepare new state runs Python code.
+  if (cpu::is_worth_threads(host_.entries) || !new_state_.empty()) own();
   return true;
 }
 
+// From here on the step does not rely on others to keep alive what it has gathered and will gather.
+void Stepper::own() {
+  owns_ = true;
+  params_.own();
+  host_.flattener.own();
+  for (DeviceStep& gpu : gpus_) gpu.flattener.own();
+}
+
 // Gathers parameters of one group; `first` is the index in the group of params[0].
-bool Stepper::gather_group(size_t group, std::span<const ParamAndState> params, size_t first,
+bool Stepper::gather_group(size_t group, std::span<ParamAndState> params, size_t first,
                            bool advances) {
   const ParamGroup& of_params = groups_[group];
   DeviceStep* target = &host_;
@@ -196,7 +226,7 @@ bool Stepper::gather_group(size_t group, std::span<const ParamAndState> params, 
   }
   Gatherer gatherer(*target, of_params, static_cast<uint32_t>(group), new_state_,
                     clipping_.needs_norm() ? &python_.shard_axes : nullptr);
-  for (const ParamAndState& param : params) {
+  for (ParamAndState& param : params) {
     if (!gatherer.add(first++, param)) return false;
   }
   return true;
@@ -207,6 +237,7 @@ DeviceStep& Stepper::device_step_of(const at::Tensor& memory) {
     if (step.device == memory.device()) return step;
   }
   Flattener flattener(memory.device(), memory.key_set(), local_tensor_);
+  if (owns_) flattener.own();
   return gpus_.emplace_back(DeviceStep{memory.device(), std::move(flattener)});
 }
 
@@ -249,11 +280,10 @@ void Stepper::run_on_host(double grad_scale, double clip_coefficient) {
   for (const ParamGroup& group : groups_)
     host_.host_groups.push_back(
         {.options = group.options,
-         .scalars = scalars_of(group.options, group.lr, grad_scale, clip_coefficient),
-         .steps_applied = group.position.step});
-  host_.without_gil(host_.entries, [&] {
-    cpu::fused_step({.tensors = host_.entries, .groups = host_.host_groups});
-  });
+         .scalars = scalars_of(group.options, group.state.lr, grad_scale, clip_coefficient),
+         .steps_applied = group.state.position.step});
+  without_gil(host_.entries,
+              [&] { cpu::fused_step({.tensors = host_.entries, .groups = host_.host_groups}); });
 }
 
 void Stepper::run_on_gpu(const DeviceStep& step, const Amp& amp) {
@@ -280,29 +310,28 @@ void Stepper::run_on_gpu(const DeviceStep& step, const Amp& amp) {
 // ------------------------------------------------------------------------------------------------
 // store and advance
 
-void Stepper::store(const py::dict& state) {
+void Stepper::store() {
   for (DeviceStep& gpu : gpus_) gpu.flattener.finish();
   host_.flattener.finish();
-  new_state_.store(state);
+  new_state_.store();
 }
 
 // The kernel has advanced the groups on GPUs. It has also written their new LR, unless the step may
 // have been skipped or is yet to be replayed.
-void Stepper::advance(const py::list& param_groups, const py::dict& state, bool may_be_skipped) {
+void Stepper::advance(bool may_be_skipped) {
   const bool lr_is_written = !gpus_.empty() && !may_be_skipped && !cuda::is_capturing();
   for (size_t i = 0; i < groups_.size(); ++i) {
     ParamGroup& group = groups_[i];
     if (group.on_gpu == nullptr) {
-      if (group.advance_schedule(group_dict(param_groups, i))) drop_momentum(group, state);
+      if (group.advance_schedule(group_dicts_[i].ptr())) drop_momentum(params_.of_group(i));
     } else if (lr_is_written) {
       group.on_gpu->lr_source = LrSource::kState;
     }
   }
 }
 
-void Stepper::count_skipped_step(const py::list& param_groups) {
-  for (size_t i = 0; i < groups_.size(); ++i)
-    groups_[i].count_skipped_step(group_dict(param_groups, i));
+void Stepper::count_skipped_step() {
+  for (size_t i = 0; i < groups_.size(); ++i) groups_[i].count_skipped_step(group_dicts_[i].ptr());
 }
 
 }  // namespace sgdr

@@ -15,6 +15,51 @@ SGDR_INLINE bool has_layout_of(const at::Tensor& tensor, const at::Tensor& other
   return other.is_non_overlapping_and_dense() && tensor.strides().equals(other.strides());
 }
 
+// Whether writing one of the tensors changes another. Only a gradient may be the parameter itself.
+bool share_memory(const ParamTensors& tensors) {
+  const at::Tensor* const state[] = {tensors.momentum_buffer, tensors.ema,
+                                     tensors.low_precision_param};
+  const auto overlap = [](const at::Tensor* a, const at::Tensor* b) {
+    if (a == nullptr || b == nullptr) return at::MemOverlapStatus::No;
+    return at::get_overlap_status(*a, *b);
+  };
+  const auto is_safe = [](at::MemOverlapStatus status) {
+    return status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::TooHard;
+  };
+  for (size_t i = 0; i < std::size(state); ++i) {
+    if (!is_safe(overlap(state[i], tensors.param)) || !is_safe(overlap(state[i], tensors.grad)))
+      return true;
+    for (size_t j = 0; j < i; ++j) {
+      if (!is_safe(overlap(state[i], state[j]))) return true;
+    }
+  }
+  return overlap(tensors.grad, tensors.param) == at::MemOverlapStatus::Partial;
+}
+
+// The same for tensors without gaps.
+SGDR_INLINE bool share_memory(const TensorEntry& entry) {
+  struct Range {
+    uintptr_t begin, end;
+
+    Range(const void* memory, int64_t numel, ElementType type)
+        : begin(reinterpret_cast<uintptr_t>(memory)),
+          end(memory == nullptr ? begin
+                                : begin + static_cast<uintptr_t>(numel) * element_size(type)) {}
+
+    bool meets(const Range& other) const { return begin < other.end && other.begin < end; }
+  };
+  const Range param(entry.param, entry.numel, entry.param_type);
+  const Range grad(entry.grad, entry.numel, entry.grad_type);
+  const Range buffer(entry.momentum_buffer, entry.numel, entry.momentum_type);
+  if (buffer.meets(param) || buffer.meets(grad)) return true;
+  if (param.meets(grad) && param.begin != grad.begin) return true;
+  if (entry.ema == nullptr && entry.low_precision_param == nullptr) return false;
+  const Range ema(entry.ema, entry.numel, arithmetic_type(entry.param_type));
+  const Range low_precision(entry.low_precision_param, entry.numel, entry.low_precision_type);
+  return ema.meets(param) || ema.meets(grad) || ema.meets(buffer) || low_precision.meets(param) ||
+         low_precision.meets(grad) || low_precision.meets(buffer) || low_precision.meets(ema);
+}
+
 }  // namespace
 
 // After forward and backward the tensors' metadata is not in the caches, and a step over small
@@ -67,16 +112,19 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
   if (ema != nullptr) entry.ema = ema->mutable_data_ptr();
   if (low_precision != nullptr) entry.low_precision_param = low_precision->mutable_data_ptr();
   entry.numel = param.numel();
+  if (share_memory(entry)) return false;
   if (device_.is_cpu()) {
     if (hints_.size() == flattened_.size()) hints_.emplace_back();
     hints_[flattened_.size()] = {MetadataHint(param), MetadataHint(grad),
                                  MetadataHint(buffer == nullptr ? param : *buffer)};
   }
   flattened_.push_back(tensors);
+  if (owns_) own(flattened_.back());
   return true;
 }
 
-bool Flattener::flatten_unusual(const ParamTensors& tensors, TensorEntry& entry) {
+bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
+  own(tensors);
   // Of shards, only the whole tensors' shapes can tell that they do not fit.
   for (const at::Tensor* tensor :
        {tensors.grad, tensors.momentum_buffer, tensors.ema, tensors.low_precision_param}) {
@@ -84,33 +132,39 @@ bool Flattener::flatten_unusual(const ParamTensors& tensors, TensorEntry& entry)
   }
   const at::Tensor& param =
       tensors.low_precision_param == nullptr ? *tensors.param : *tensors.low_precision_param;
-  const at::Tensor* const plain_param = to_plain(*tensors.param, param, true);
-  if (plain_param == nullptr) return false;
-  const at::Tensor* const layout = to_layout_of(*plain_param, *plain_param, true);
-
   bool is_known = true;
+  const auto plain = [&](const at::Tensor* tensor, bool is_written) -> const at::Tensor* {
+    if (tensor == nullptr) return nullptr;
+    const at::Tensor* const result = to_plain(*tensor, param, is_written);
+    is_known &= result != nullptr;
+    return result;
+  };
+  const ParamTensors all_plain = {.param = plain(tensors.param, true),
+                                  .grad = plain(tensors.grad, false),
+                                  .momentum_buffer = plain(tensors.momentum_buffer, true),
+                                  .ema = plain(tensors.ema, true),
+                                  .low_precision_param = plain(tensors.low_precision_param, true)};
+  if (!is_known || share_memory(all_plain)) return false;
+  const at::Tensor* const layout = to_layout_of(*all_plain.param, *all_plain.param, true);
   const auto flat = [&](const at::Tensor* tensor, bool is_written) -> const at::Tensor* {
     if (tensor == nullptr) return nullptr;
-    const at::Tensor* const plain = to_plain(*tensor, param, is_written);
-    const at::Tensor* const result =
-        plain == nullptr ? nullptr : to_layout_of(*plain, *layout, is_written);
+    const at::Tensor* const result = to_layout_of(*tensor, *layout, is_written);
     is_known &= result != nullptr;
     return result;
   };
   const ParamTensors flattened = {.param = layout,
-                                  .grad = flat(tensors.grad, false),
-                                  .momentum_buffer = flat(tensors.momentum_buffer, true),
-                                  .ema = flat(tensors.ema, true),
-                                  .low_precision_param = flat(tensors.low_precision_param, true)};
-  if (!is_known) return false;
-  if (!flatten_plain(flattened, entry)) return false;
+                                  .grad = flat(all_plain.grad, false),
+                                  .momentum_buffer = flat(all_plain.momentum_buffer, true),
+                                  .ema = flat(all_plain.ema, true),
+                                  .low_precision_param = flat(all_plain.low_precision_param, true)};
+  if (!is_known || !flatten_plain(flattened, entry)) return false;
   if (is_subclass(param)) written_subclasses_.push_back(param);
   return true;
 }
 
 // The tensor as plain memory of real numbers, or null. It shares the tensor's storage, except for a
-// lazy conjugate or negative, which is copied. A tensor to be written may be no such view, and may
-// not have several elements at one address.
+// lazy conjugate or negative and for a gradient made in inference mode, which are copied. A tensor
+// to be written may not have several elements at one address.
 const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor& param,
                                       bool is_written) {
   at::Tensor plain = tensor;
@@ -120,10 +174,16 @@ const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor
     if (!plain.defined()) return nullptr;
   }
   if (plain.device() != device_ || plain.layout() != at::kStrided) return nullptr;
-  if (is_written &&
-      (plain.is_conj() || plain.is_neg() || at::has_internal_overlap(plain) == at::MemOverlap::Yes))
-    return nullptr;
-  plain = plain.resolve_conj().resolve_neg();
+  if (is_written && at::has_internal_overlap(plain) == at::MemOverlap::Yes) return nullptr;
+  if (plain.is_conj() || plain.is_neg()) {
+    const at::Tensor& lazy = kept_alive_.emplace_back(plain);
+    plain = plain.resolve_conj().resolve_neg();
+    if (is_written) copies_.push_back({&kept_alive_.emplace_back(plain), &lazy});
+  }
+  if (!is_written && (plain.is_inference() || plain._is_zerotensor())) {
+    const c10::InferenceMode off(false);
+    plain = plain.clone();
+  }
   if (plain.is_complex()) plain = at::view_as_real(plain);
   return &kept_alive_.emplace_back(std::move(plain));
 }
@@ -142,17 +202,28 @@ const at::Tensor* Flattener::to_layout_of(const at::Tensor& tensor, const at::Te
   return &copy;
 }
 
-void Flattener::keep_alive() {
-  for (ParamTensors& tensors : flattened_) {
-    for (const at::Tensor** tensor : {&tensors.param, &tensors.grad, &tensors.momentum_buffer,
-                                      &tensors.ema, &tensors.low_precision_param}) {
-      if (*tensor != nullptr) *tensor = &kept_alive_.emplace_back(**tensor);
-    }
+void Flattener::own() {
+  if (owns_) return;
+  owns_ = true;
+  for (ParamTensors& tensors : flattened_) own(tensors);
+}
+
+void Flattener::own(ParamTensors& tensors) {
+  for (const at::Tensor** tensor : {&tensors.param, &tensors.grad, &tensors.momentum_buffer,
+                                    &tensors.ema, &tensors.low_precision_param}) {
+    if (*tensor != nullptr) *tensor = own(*tensor);
   }
 }
 
+const at::Tensor* Flattener::own(const at::Tensor* tensor) {
+  // A tensor may get another storage (.data = ...) while its old one is in use.
+  if (tensor->has_storage()) kept_storages_.push_back(tensor->storage());
+  return &kept_alive_.emplace_back(*tensor);
+}
+
 void Flattener::finish() {
-  for (const auto& [copy, original] : copies_) original->copy_(*copy);
+  // A copy may be of another copy, made before it.
+  for (auto it = copies_.rbegin(); it != copies_.rend(); ++it) it->original->copy_(*it->copy);
   for (const ParamTensors& tensors : flattened_) {
     for (const at::Tensor* tensor :
          {tensors.param, tensors.momentum_buffer, tensors.ema, tensors.low_precision_param}) {
@@ -167,6 +238,8 @@ void Flattener::clear() {
   written_subclasses_.clear();
   copies_.clear();
   kept_alive_.clear();
+  kept_storages_.clear();
+  owns_ = false;
 }
 
 }  // namespace sgdr

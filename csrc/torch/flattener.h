@@ -17,7 +17,7 @@ namespace sgdr {
 
 // The tensors of one parameter in a step; null for one that it does not have. They belong to Python
 // objects, to a parameter's .grad or to NewState, and stay valid as long as the GIL is held and no
-// Python code runs; Flattener::keep_alive() makes them its own.
+// Python code runs; Flattener::own() makes them its own.
 struct ParamTensors {
   const at::Tensor* param;  // the master copy, if there is one
   const at::Tensor* grad;
@@ -38,11 +38,12 @@ class Flattener {
       : device_(device), plain_keys_(plain_keys), local_tensor_(std::move(local_tensor)) {}
 
   // Fills in the entry's addresses, types and numel. False if one of the tensors is of a kind that
-  // no backend takes. The tensors have to outlive the step, see keep_alive().
+  // no backend takes.
   bool flatten(const ParamTensors& tensors, TensorEntry& entry);
 
-  // Holds all tensors, whose other owners may drop them while the GIL is released.
-  void keep_alive();
+  // Keeps the step's tensors and their memory alive until clear(): from here on their other owners
+  // may drop them, because the GIL is released or Python code runs.
+  void own();
 
   // After the backend has run: writes copies back, and bumps the versions of what was written.
   void finish();
@@ -53,8 +54,10 @@ class Flattener {
  private:
   void prefetch_ahead() const;
   bool flatten_plain(const ParamTensors& tensors, TensorEntry& entry);
-  bool flatten_unusual(const ParamTensors& tensors, TensorEntry& entry);
+  bool flatten_unusual(ParamTensors tensors, TensorEntry& entry);
   bool is_plain(const at::Tensor& tensor) const;
+  const at::Tensor* own(const at::Tensor* tensor);
+  void own(ParamTensors& tensors);
   const at::Tensor* to_plain(const at::Tensor& tensor, const at::Tensor& param, bool is_written);
   const at::Tensor* to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
                                  bool is_written);
@@ -72,6 +75,8 @@ class Flattener {
   std::vector<at::Tensor> written_subclasses_;
   std::vector<Copy> copies_;
   std::deque<at::Tensor> kept_alive_;  // its elements do not move
+  std::vector<c10::Storage> kept_storages_;
+  bool owns_ = false;
 };
 
 }  // namespace sgdr

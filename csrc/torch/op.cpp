@@ -90,8 +90,7 @@ void step_on_cpu(std::vector<TensorEntry>& entries, const GroupView& group,
   if (options.has_momentum()) {
     for (const TensorEntry& entry : entries) group.params[entry.param_index].momentum_is_empty = 0;
   }
-  advance(options.schedule, state.position);
-  state.lr = learning_rate(options.schedule, state.position);
+  advance(options.schedule, state);
   if (!options.reset_momentum || !at_restart(options.schedule, state.position)) return;
   for (int64_t i = 0; i < group.param_count; ++i) group.params[i].momentum_is_empty = 1;
 }
@@ -156,7 +155,7 @@ void fused_step_(at::TensorList params, at::TensorList grads, at::TensorList mom
                           entries[i]),
         "params[", i,
         "], its grad or its momentum_buffer is not an ordinary dense tensor (is it a "
-        "subclass, or was it made in inference mode?)");
+        "subclass, or was it made in inference mode?), or two of them share memory");
   }
   const GroupView group(group_state);
   const Amp amp{grad_scale, found_inf};

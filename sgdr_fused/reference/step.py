@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdr_fused.groups import drop_momentum, move_group, position_of
+from sgdr_fused.groups import advance_group, drop_momentum, position_of
 from sgdr_fused.options import Clipping
 from sgdr_fused.reference.norm import clip_coefficient, norm_of, sum_of_squares
 from sgdr_fused.reference.rounding import RandomKey, Rounded, random_bits, round_stochastically
@@ -72,7 +72,9 @@ def reference_step(
 
     update_params(param_groups, state, grad_scale, coefficient)
     for group in param_groups:
-        _advance_group(group, state)
+        begins_cycle = advance_group(group)
+        if group["reset_momentum"] and begins_cycle:
+            drop_momentum(group, state)
     return norm
 
 
@@ -108,7 +110,7 @@ def update_params(
             multiplier = -coefficient if group["maximize"] else coefficient
             new = _update(group, param, state.get(param, {}), grad_scale, multiplier, key)
             if new:
-                state[param].update(new)
+                state.setdefault(param, {}).update(new)
 
 
 def _norm_of_grads(param_groups: Sequence[MutableMapping[str, Any]], grad_scale: float) -> float:
@@ -126,14 +128,6 @@ def _norm_of_grads(param_groups: Sequence[MutableMapping[str, Any]], grad_scale:
     return norm_of(sums, grad_scale)
 
 
-def _advance_group(group: MutableMapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
-    schedule = CosineWarmRestarts.of_group(group)
-    position = schedule.advance(position_of(group))
-    move_group(group, position)
-    if group["reset_momentum"] and schedule.is_restart(position):
-        drop_momentum(group, state)
-
-
 def _update(
     group: MutableMapping[str, Any],
     param: Tensor,
@@ -144,13 +138,14 @@ def _update(
 ) -> dict[str, Any]:
     """Updates a parameter and its state in place; returns the new entries of the state."""
     new: dict[str, Any] = {}
-    stored = {}
+    stored: dict[str, Tensor] = {}
+    lazy: list[tuple[Tensor, Tensor]] = []
     for role, dtype in dtypes_of_state(group, param).items():
         tensor = of_param.get(role)
         if tensor is None:
             tensor = new[role] = torch.zeros_like(param, dtype=dtype)
-        stored[role] = _as_real(tensor, param)
-    p_stored = layout = _as_real(param, param)
+        stored[role] = _to_write(tensor, param, lazy)
+    p_stored = layout = _to_write(param, param, lazy)
     if "master_param" in stored:
         if "master_param" in new:
             stored["master_param"].copy_(p_stored)
@@ -191,6 +186,8 @@ def _update(
     _store(p, p_stored, layout, group["stochastic_rounding"], key, Rounded.PARAM)
     if "master_param" in stored:
         low_precision.copy_(p)
+    for view, resolved in lazy:
+        view.copy_(resolved)
     return new
 
 
@@ -239,9 +236,18 @@ def _in_order_of_memory(tensor: Tensor, param: Tensor) -> Tensor:
     return flat
 
 
+def _to_write(tensor: Tensor, param: Tensor, lazy: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """:func:`_as_real` of a tensor to be written; a lazy view is noted, with a copy to work on."""
+    if not tensor.is_conj() and not tensor.is_neg():
+        return _as_real(tensor, param)
+    resolved = tensor.resolve_conj().resolve_neg()
+    lazy.append((tensor, resolved))
+    return _as_real(resolved, param)
+
+
 def _as_real(tensor: Tensor | None, param: Tensor) -> Tensor:
     """A view of the local shard as real numbers."""
     assert tensor is not None
     local = local_tensor(tensor, param)
-    plain = tensor if local is None else local
-    return torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+    plain = (tensor if local is None else local).resolve_conj().resolve_neg()
+    return torch.view_as_real(plain) if plain.is_complex() else plain

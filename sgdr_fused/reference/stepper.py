@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgdr_fused.groups import is_unchanged, sync_group
+from sgdr_fused.groups import check_groups, kept_on_success, sync_group
 from sgdr_fused.options import Clipping
 from sgdr_fused.reference.step import count_skipped, reference_step, update_params
 from sgdr_fused.tensors import check_tensors
@@ -22,15 +23,16 @@ class ReferenceStepper:
     """The steps of one optimizer, in the place of the native extension's ``Stepper``.
 
     Args:
+        lock: Lets one thread at a time into the optimizer.
         warning: A warning to give at the first step; empty: none.
 
     Attributes:
         grad_norm: Norm of the gradients at the last step, before clipping; None if not needed.
     """
 
-    def __init__(self, warning: str = "") -> None:
+    def __init__(self, lock: AbstractContextManager[Any], warning: str = "") -> None:
+        self._lock = lock
         self._warning = warning
-        self._groups_before: list[dict[str, Any]] = []
         self._clipping = Clipping()
         self.grad_norm: float | None = None
 
@@ -51,13 +53,16 @@ class ReferenceStepper:
 
         Raises:
             ValueError: An option is out of its range.
+            TypeError: The groups or the state are no such thing.
         """
-        for i, group in enumerate(param_groups):
-            before = self._groups_before[i] if i < len(self._groups_before) else {}
-            if not is_unchanged(group, before):
-                sync_group(group, before.get("lr"))
-                self._groups_before[i : i + 1] = [dict(group)]
-        del self._groups_before[len(param_groups) :]
+        check_groups(param_groups)
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"optimizer.state is of type {type(state).__name__}, but must be a dict"
+            )
+        with kept_on_success(param_groups):
+            for group in param_groups:
+                sync_group(group)
 
     # torch.compile of torch 2.11 would trace this at a graph break, and then round add(alpha=...)
     # twice.
@@ -84,16 +89,17 @@ class ReferenceStepper:
             ValueError: An option, gradient or buffer is not valid; nothing was written.
             RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
         """
-        if found_inf is not None and float(found_inf) != 0:
-            count_skipped(param_groups)
-            return True
-        self.sync(param_groups, state)
-        if self._warning:
-            warnings.warn(self._warning, stacklevel=_frames_to_caller())
-            self._warning = ""
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        self.grad_norm = reference_step(param_groups, state, scale, self._clipping)
-        self._groups_before = [dict(group) for group in param_groups]
+        check_groups(param_groups)
+        with self._lock, kept_on_success(param_groups):
+            self.sync(param_groups, state)
+            if found_inf is not None and float(found_inf) != 0:
+                count_skipped(param_groups)
+                return True
+            if self._warning:
+                warnings.warn(self._warning, stacklevel=_frames_to_caller())
+                self._warning = ""
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+            self.grad_norm = reference_step(param_groups, state, scale, self._clipping)
         return True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -117,9 +123,10 @@ class ReferenceStepper:
             ValueError: As for :meth:`step`.
             RuntimeError: As for :meth:`step`.
         """
-        self.sync(param_groups, state)
-        check_tensors(param_groups, state)
-        with torch.no_grad():
+        check_groups(param_groups)
+        with self._lock, torch.no_grad(), kept_on_success(param_groups):
+            self.sync(param_groups, state)
+            check_tensors(param_groups, state)
             update_params(param_groups, state, only=index)
         return True
 

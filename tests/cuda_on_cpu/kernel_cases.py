@@ -94,7 +94,6 @@ class Case:
             buffer = values(self.params[i].numel(), dtype, 77 + i)
             self.optimizer.state[self.params[i]]["momentum_buffer"] = buffer
         self._options_before = [self._schedule(group) for group in self.optimizer.param_groups]
-        self._lr_before = [group["lr"] for group in self.optimizer.param_groups]
         self._grad_dtypes = list(grad_dtypes or [param.dtype for param in self.params])
         self._offsets = offsets
         self.begin()
@@ -119,10 +118,10 @@ class Case:
                         self.clipping.skip_nonfinite),
         ]  # fmt: skip
         for i, group in enumerate(self.optimizer.param_groups):
-            is_set = group["lr"] is not self._lr_before[i]
-            anew = self._schedule(group) != self._options_before[i] and not is_set
+            is_set = group["lr"] != group["scheduled_lr"]
+            anew = self._schedule(group) != self._options_before[i]
             if anew:
-                sync_group(group, group["lr"])
+                sync_group(group)
             step += [self._schedule(group), self._options(group, anew)]
             step.append(struct.pack("<Bd", 1, group["lr"]) if is_set else b"\0")
         for param, grad in zip(self.params, grads, strict=True):
@@ -138,7 +137,6 @@ class Case:
         else:
             reference_step(groups, self.optimizer.state, scale, self.clipping)
         self._options_before = [self._schedule(group) for group in self.optimizer.param_groups]
-        self._lr_before = [group["lr"] for group in self.optimizer.param_groups]
         norm = norm_of([sum_of_squares(g for g in grads if g is not None)], scale)
         self._outcomes.append(self._outcome(norm))
 
@@ -235,7 +233,8 @@ class Case:
             state = self._group_state(group)
             outcome.add(f"the position of group {g}", state[:32])
             outcome.add(f"the LR of group {g}", state[32:40])
-            outcome.add(f"the number of skipped steps of group {g}", state[40:])
+            outcome.add(f"the scheduled LR of group {g}", state[40:48])
+            outcome.add(f"the number of skipped steps of group {g}", state[48:])
             for index, of_param in enumerate(self._states_of_params(group)):
                 outcome.add(f"the state of group {g}'s parameter {index}", of_param)
         groups = [g for g in self.optimizer.param_groups for _ in g["params"]]
@@ -252,7 +251,8 @@ class Case:
 
     @staticmethod
     def _group_state(group: dict[str, Any]) -> bytes:
-        return struct.pack("<4qdq", *position_of(group), group["lr"], group["skipped_steps"])
+        lrs = group["lr"], group["scheduled_lr"]
+        return struct.pack("<4q2dq", *position_of(group), *lrs, group["skipped_steps"])
 
     def _param_states(self, group: dict[str, Any]) -> bytes:
         return b"".join(self._states_of_params(group))

@@ -235,16 +235,19 @@ def test_each_group_follows_its_schedule_over_restarts(program, tmp_path) -> Non
 
 
 def with_changed_options() -> Case:
-    case = Case([{"params": params((9,), seed=n), "momentum": 0.9} for n in range(3)])
-    first, second, third = case.optimizer.param_groups
+    groups = [{"params": params((9,), seed=n), "momentum": 0.9} for n in range(3)]
+    by_epoch = {"params": params((9,), seed=3), "anneal": "epoch", "steps_per_epoch": 4}
+    case = Case([*groups, by_epoch])
+    first, second, third, fourth = case.optimizer.param_groups
     case.steps(3)
     first["eta_min"], second["lr"] = 0.05, 0.3
     case.steps(2)
     second["initial_lr"], third["cycle_decay"], first["weight_decay"] = 0.7, 0.5, 0.1
     case.steps(1, found_inf=1.0)  # the change must not be lost with the step
     case.steps(4)
-    first["T_mult"], third["lr"] = 3, 1e-3
+    first["T_mult"], third["lr"], fourth["lr"] = 3, 1e-3, 0.3
     case.steps(1, found_inf=1.0)
+    third["eta_min"] = 1e-4  # the LR that was set by hand must not be lost with the step
     case.steps(5)
     return case
 
@@ -400,6 +403,14 @@ MUTANTS = {
         "lr = group.lr_source == LrSource::kState || BUG",
         PARAM,
     ),
+    "lr_set_by_hand_ignored": Mutant(
+        "return state.lr == state.scheduled_lr ?",
+        "return BUG || state.lr == state.scheduled_lr ?",
+        PARAM,
+    ),
+    "lr_set_by_hand_lost_within_an_epoch": Mutant(
+        "if (!was_set_by_hand || changes_lr", "if (BUG || !was_set_by_hand || changes_lr", "LR of"
+    ),
     # First and skipped steps.
     "first_step_reads_the_buffer": Mutant(
         "if (!chunk.momentum_is_empty)", "if (BUG || !chunk.momentum_is_empty)", PARAM
@@ -431,8 +442,8 @@ MUTANTS = {
         POSITION,
     ),
     "change_lost_on_found_inf": Mutant(
-        "if (group.lr_source == LrSource::kSchedule)\n",
-        "if (!BUG && group.lr_source == LrSource::kSchedule)\n",
+        "if (group.lr_source == LrSource::kSchedule &&",
+        "if (!BUG && group.lr_source == LrSource::kSchedule &&",
         "LR of group 1 differs",
     ),
     # The end of a launch.

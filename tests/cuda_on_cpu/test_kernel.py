@@ -644,7 +644,8 @@ def everything() -> Case:
              "maximize": True},
             {"params": params((33, 3, 1, 2, 5, 6, 7, 4), seed=8), "weight_decay": 0.1,
              "decoupled_weight_decay": True, "warmup_steps": 2},
-            {"params": params((9, 17), torch.float64, 16), "momentum": 0.5},
+            {"params": params((9, 17), torch.float64, 16), "momentum": 0.5, "anneal": "epoch",
+             "steps_per_epoch": 50},
         ],
         offsets=lambda i: offsets.get(i, (0, 0, 0)),
         threads=32,
@@ -656,8 +657,11 @@ def everything() -> Case:
     case.steps(3, grad_scale=8.0)
     case.optimizer.param_groups[1]["eta_min"] = 0.01
     case.steps(1, found_inf=1.0)
-    case.optimizer.param_groups[3]["initial_lr"] = 0.2
+    second, last = case.optimizer.param_groups[1], case.optimizer.param_groups[3]
+    last["initial_lr"] = 0.2
     case.steps(2, found_inf=0.0)
+    second["lr"], second["eta_min"], last["lr"] = 0.3, 0.02, 0.05
+    case.steps(2)
     return case
 
 

@@ -44,7 +44,7 @@ def local_tensor(tensor: Tensor, param: Tensor) -> Tensor | None:
     if not hasattr(tensor, "to_local"):
         return tensor if type(tensor) in (Tensor, torch.nn.Parameter) else None
     if placement_of(tensor) != placement_of(param):
-        if tensor is not param.grad:
+        if tensor is not param.grad or placement_of(param) is None:
             return None
         tensor = tensor.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     local: Tensor = tensor.to_local()

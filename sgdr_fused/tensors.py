@@ -84,6 +84,11 @@ def check_tensors(
         grad = param.grad
         if grad is None:
             continue
+        if param.layout != torch.strided:
+            raise ValueError(
+                f"{name} has layout {param.layout}; FusedSGDR takes dense parameters only: use "
+                "torch.optim.SGD for this one"
+            )
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"{name} has a gradient of layout {grad.layout}; FusedSGDR takes dense gradients "
@@ -93,8 +98,6 @@ def check_tensors(
             raise ValueError(
                 f"{name} has dtype {param.dtype}; only real or complex numbers can be optimised"
             )
-        if param.layout != torch.strided:
-            raise ValueError(f"{name} has layout {param.layout}; parameters must be dense")
         _check_fits(name, "gradient", grad, param)
         if placement_of(grad) is not None and placement_of(param) is None:
             raise ValueError(

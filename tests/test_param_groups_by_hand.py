@@ -23,7 +23,7 @@ def stepped(backend, sizes=(5, 33, 2), **options):
     return optimizer, params
 
 
-# ------------------------------------------------------------------------------------ the parameters
+# ----------------------------------------------------------------------------------- the parameters
 
 LISTABLE = {
     "tuple": tuple,
@@ -109,7 +109,7 @@ def test_entry_of_params_that_is_no_tensor_is_refused(backend, wrong):
         assert_unchanged(before, optimizer, params)
 
 
-# ---------------------------------------------------------------------------------------- the groups
+# --------------------------------------------------------------------------------------- the groups
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "group", []], ids=repr)
@@ -152,7 +152,7 @@ def test_param_groups_that_are_no_list_are_refused(backend):
         optimizer.step()
 
 
-# ----------------------------------------------------------------------------------------- the state
+# ---------------------------------------------------------------------------------------- the state
 
 
 def test_state_may_be_a_plain_dict(backend):
@@ -192,7 +192,7 @@ def test_state_of_a_parameter_that_is_no_dict_is_refused(backend, wrong):
     assert_unchanged(before, optimizer, params)
 
 
-# -------------------------------------------------------------------------------- after an error
+# ------------------------------------------------------------------------------- after an error
 
 
 def test_step_that_raises_puts_edited_groups_back(backend):
@@ -221,7 +221,7 @@ def test_bad_option_of_a_later_group_leaves_the_earlier_ones_alone(backend):
     first["initial_lr"], first["lr"] = 0.4, torch.tensor(0.3)
     second["momentum"] = -1.0
     before = [dict(g) for g in optimizer.param_groups]
-    with pytest.raises(ValueError, match="momentum value: -1.0"):
+    with pytest.raises(ValueError, match=r"momentum value: -1\.0"):
         optimizer.step()
     assert [dict(g) for g in optimizer.param_groups] == before
     assert first["lr"] is before[0]["lr"]
@@ -274,7 +274,7 @@ def test_interrupted_native_step_has_done_everything_or_nothing(when):
     assert seen == {True, False}
 
 
-# ------------------------------------------------------------------------------- what is kept alive
+# ------------------------------------------------------------------------------ what is kept alive
 
 
 def test_state_that_was_dropped_is_freed_at_once(backend):

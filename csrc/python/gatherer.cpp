@@ -25,6 +25,7 @@ bool Gatherer::add(size_t index, ParamAndState& found) {
   const at::Tensor& param = THPVariable_Unpack(found.param);
   const at::Tensor& grad = grad_of(param);
   if (!grad.defined()) return true;
+  if (param.layout() != at::kStrided) return false;
 
   ParamTensors tensors = {.param = &param, .grad = &grad};
   TensorEntry entry = {.group = group_index_,

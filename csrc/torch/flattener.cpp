@@ -125,10 +125,12 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
 
 bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
   own(tensors);
-  // Of shards, only the whole tensors' shapes can tell that they do not fit.
-  for (const at::Tensor* tensor :
-       {tensors.grad, tensors.momentum_buffer, tensors.ema, tensors.low_precision_param}) {
-    if (tensor != nullptr && !tensor->sizes().equals(tensors.param->sizes())) return false;
+  for (const at::Tensor* tensor : {tensors.param, tensors.grad, tensors.momentum_buffer, tensors.ema,
+                                   tensors.low_precision_param}) {
+    if (tensor == nullptr) continue;
+    if (tensor->layout() != at::kStrided) return false;
+    // Of shards, only the whole tensors' shapes can tell that they do not fit.
+    if (!tensor->sizes().equals(tensors.param->sizes())) return false;
   }
   const at::Tensor& param =
       tensors.low_precision_param == nullptr ? *tensors.param : *tensors.low_precision_param;

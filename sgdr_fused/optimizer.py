@@ -274,6 +274,7 @@ class FusedSGDR(SteppedOptimizer):
         """
         groups = self.param_groups if group is None else [self.param_groups[group]]
         with self._lock:
+            self._sync()  # an invalid option is an error before anything moves
             starts = [CosineWarmRestarts.of_group(g).restart(position_of(g)) for g in groups]
             for param_group, start in zip(groups, starts, strict=True):
                 restart_group(param_group, start, self.state)
@@ -321,6 +322,7 @@ class FusedSGDR(SteppedOptimizer):
             ValueError: ``step`` is negative or not an integer.
         """
         with self._lock:
+            self._sync()
             positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
             for group, position in zip(self.param_groups, positions, strict=True):
                 move_group(group, position)

@@ -323,3 +323,18 @@ def test_model_that_refers_to_its_optimizer_is_freed(backend, refer):
     del optimizer, params
     gc.collect()
     assert [ref() for ref in alive] == [None] * 4
+
+
+# -------------------------------------------------------------------------- moves of the schedule
+
+
+@pytest.mark.parametrize(
+    "move", [lambda o: o.seek(21), lambda o: o.restart()], ids=["seek", "restart"]
+)
+def test_move_of_a_schedule_with_an_invalid_option_changes_nothing(backend, move):
+    optimizer, params = stepped(backend, reset_momentum=True)
+    optimizer.param_groups[0].update(nesterov=True, momentum=0)
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match="Nesterov momentum requires a momentum"):
+        move(optimizer)
+    assert_unchanged(before, optimizer, params)

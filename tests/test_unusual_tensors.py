@@ -351,3 +351,17 @@ def test_invalid_option_is_an_error_of_a_skipped_step_too(backend):
     with pytest.raises(ValueError, match="momentum value: -1"):
         optimizer.step()
     assert optimizer.param_groups[0]["skipped_steps"] == 0
+
+
+def test_lazy_gradient_is_read_within_inference_mode(backend):
+    params = make_params([33]) + make_params([33])
+    optimizer = FusedSGDR(params, backend=backend, **OPTIONS)
+    for step in range(3):
+        params[0].grad = numbers(33, torch.complex64, step).conj().imag
+        params[1].grad = params[0].grad.resolve_neg()
+        with torch.inference_mode():
+            optimizer.step()
+        assert torch.equal(*params)
+        assert not any(optimizer.state[p]["momentum_buffer"].is_inference() for p in params)
+    optimizer.step()
+    assert torch.equal(*params)

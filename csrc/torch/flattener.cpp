@@ -177,15 +177,13 @@ const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor
   }
   if (plain.device() != device_ || plain.layout() != at::kStrided) return nullptr;
   if (is_written && at::has_internal_overlap(plain) == at::MemOverlap::Yes) return nullptr;
+  const c10::InferenceMode off(false);
   if (plain.is_conj() || plain.is_neg()) {
     const at::Tensor& lazy = kept_alive_.emplace_back(plain);
     plain = plain.resolve_conj().resolve_neg();
     if (is_written) copies_.push_back({&kept_alive_.emplace_back(plain), &lazy});
   }
-  if (!is_written && (plain.is_inference() || plain._is_zerotensor())) {
-    const c10::InferenceMode off(false);
-    plain = plain.clone();
-  }
+  if (!is_written && (plain.is_inference() || plain._is_zerotensor())) plain = plain.clone();
   if (plain.is_complex()) plain = at::view_as_real(plain);
   return &kept_alive_.emplace_back(std::move(plain));
 }

@@ -143,7 +143,8 @@ def _update(
     for role, dtype in dtypes_of_state(group, param).items():
         tensor = of_param.get(role)
         if tensor is None:
-            tensor = new[role] = torch.zeros_like(param, dtype=dtype)
+            with torch.inference_mode(False):
+                tensor = new[role] = torch.zeros_like(param, dtype=dtype)
         stored[role] = _to_write(tensor, param, lazy)
     p_stored = layout = _to_write(param, param, lazy)
     if "master_param" in stored:
@@ -152,6 +153,9 @@ def _update(
         low_precision, p_stored = p_stored, stored["master_param"]
     p = p_stored.to(arithmetic_dtype(p_stored.dtype))
     g = _as_real(param.grad, param).to(p.dtype)
+    if 0 in g.stride():
+        # torch does not fuse the multiply-adds of an expanded tensor.
+        g = torch.empty_like(p).copy_(g)
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
 
     if grad_scale != 1:

@@ -39,6 +39,8 @@ class ReferenceStepper:
     def set_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
         """Sets the options of :class:`~sgdr_fused.options.Clipping`."""
         self._clipping = Clipping(max_grad_norm, skip_nonfinite)
+        if not self._clipping.needs_norm:
+            self.grad_norm = None
 
     def sync(
         self,

@@ -101,6 +101,25 @@ def test_gradient_without_memory_or_from_inference_mode_is_read(backend, kind):
     assert torch.equal(param, expected)
 
 
+@pytest.mark.parametrize("shape", [(9,), (5, 7), (7, 5)], ids=str)
+@pytest.mark.parametrize("options", [{"momentum": 0}, {}, {"nesterov": False, "dampening": 0.3}])
+def test_expanded_gradient_counts_as_a_copy_of_its_values(backend, shape, options):
+    """torch rounds twice where an operand is expanded, and so did the reference."""
+    options = OPTIONS | {"weight_decay": 0} | options
+    if not options["momentum"]:
+        options["nesterov"] = False
+    for dim in range(len(shape)):
+        expanded, copied = (make_params([shape])[0] for _ in range(2))
+        optimizers = [FusedSGDR([p], backend=backend, **options) for p in (expanded, copied)]
+        for step in range(3):
+            narrow = tuple(1 if i == dim else n for i, n in enumerate(shape))
+            expanded.grad = numbers(narrow, seed=step).expand(shape)
+            copied.grad = expanded.grad.clone(memory_format=torch.contiguous_format)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(expanded, copied)
+
+
 # ----------------------------------------------------------------------------------- shared memory
 
 

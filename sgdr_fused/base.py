@@ -157,6 +157,11 @@ class SteppedOptimizer(Optimizer):
 
     def _step_param(self, index: int) -> None:
         """Updates one parameter, given its index over all groups; the schedule stays."""
+        if self._is_swapped:
+            raise RuntimeError(
+                "backward() was called within a swap_ema() block, where the parameters are "
+                "averages, but step_in_backward() would update them; leave the block first"
+            )
         while not self._stepper.step_param(self.param_groups, self.state, index):
             self._fall_back()
 

@@ -15,7 +15,8 @@ from sgdr_fused import ema, interop
 from sgdr_fused.base import SteppedOptimizer
 from sgdr_fused.device_state import restart_group
 from sgdr_fused.groups import move_group, position_of
-from sgdr_fused.in_backward import StepInBackward, refuse_clipping
+from sgdr_fused.in_backward import StepInBackward
+from sgdr_fused.in_backward_checks import refuse_clipping
 from sgdr_fused.options import GROUP_OPTIONS, Backend, checked_clipping
 from sgdr_fused.restart_hook import RestartHook
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts
@@ -145,9 +146,11 @@ class FusedSGDR(SteppedOptimizer):
         free the gradient.
 
         A model's gradients then never exist all at once. Call :meth:`step` once an iteration as
-        before: it moves the schedule one step on, and updates the parameters that ``backward()``
-        did not reach. Each ``backward()`` updates, so gradients cannot be accumulated over several,
-        and a GradScaler cannot be used, because it needs all gradients before the first update.
+        before: it moves the schedule one step on, updates the parameters that ``backward()`` did
+        not reach, and frees their gradients. A second gradient of a parameter before the next
+        :meth:`step` is an error in ``backward()``, so gradients cannot be accumulated. Parameters
+        that are added or unfrozen later, or leave the groups, are followed from the next
+        :meth:`step` on. Pickle and deepcopy leave the hooks out.
 
         Returns:
             A handle; its ``remove()`` makes :meth:`step` update all parameters again.
@@ -155,7 +158,10 @@ class FusedSGDR(SteppedOptimizer):
         Raises:
             ValueError: ``max_grad_norm`` or ``skip_nonfinite`` is set, which need all gradients
                 before the first update.
-            RuntimeError: It was called before, and its handle is not removed.
+            RuntimeError: It was called before, here or on another optimizer of a parameter, and
+                the handle is not removed; a parameter has a gradient; two parameters share memory;
+                or DistributedDataParallel, FullyShardedDataParallel or a GradScaler is in use.
+                Where this shows later, ``backward()`` raises the error before it updates.
 
         Example:
             >>> optimizer.step_in_backward()
@@ -166,7 +172,7 @@ class FusedSGDR(SteppedOptimizer):
         if self._in_backward is not None and self._in_backward.is_active:
             raise RuntimeError("step_in_backward() was called already; remove() its handle first")
         refuse_clipping(self._clipping)
-        self._in_backward = StepInBackward(self.param_groups, self._step_param)
+        self._in_backward = StepInBackward(self, self._step_param)
         return self._in_backward
 
     # --------------------------------------------------------------------------------------

@@ -70,17 +70,19 @@ def test_torchs_own_fused_step_has_no_sharding_strategy(ranks):
         assert "sharding strategy" in error
 
 
-def train_with(options, in_backward=False):
+def train_with(options, in_backward=False, parts=1, mesh_shape=None):
     """Compares with our own optimizer in one process, for options that the pair lacks."""
-    single = SingleProcess(dist.get_world_size(), 1, lambda model: fused(model, **options))
-    model = sharded(network())
+    single = SingleProcess(dist.get_world_size(), parts, lambda model: fused(model, **options))
+    model = sharded(network(), mesh_shape)
     optimizer = fused(model, **options)
     if in_backward:
         optimizer.step_in_backward()
     for step in range(STEPS):
         if not in_backward:
             optimizer.zero_grad()
-        loss_of(model, step, dist.get_rank()).backward()
+        for part in range(parts):
+            model.set_requires_gradient_sync(part + 1 == parts)
+            (loss_of(model, step, dist.get_rank(), part) / parts).backward()
         if in_backward:
             assert all(param.grad is None for param in model.parameters())
         optimizer.step()
@@ -108,7 +110,49 @@ def test_our_own_options_work_on_shards(ranks, backend, options):
 
 
 def test_step_in_backward_updates_shards(ranks, backend):
-    ranks(2, train_with, {"backend": backend}, in_backward=True)
+    ranks(2, train_with, {"backend": backend, "ema_decay": 0.9}, in_backward=True)
+
+
+def test_step_in_backward_may_accumulate_before_the_ranks_are_summed(ranks, backend):
+    """set_requires_gradient_sync(False): the hooks see the sum of the batches only."""
+    ranks(2, train_with, {"backend": backend}, in_backward=True, parts=2)
+
+
+def test_step_in_backward_keeps_copies_of_shards_equal(ranks, backend):
+    ranks(4, train_with, {"backend": backend}, in_backward=True, mesh_shape=(2, 2))
+
+
+def refuse_second_gradient():
+    model = sharded(network())
+    optimizer = fused(model)
+    optimizer.step_in_backward()
+    loss_of(model, 0).backward()
+    before = [whole_tensor(param).clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match="second gradient since the last step"):
+        loss_of(model, 1).backward()
+    assert all(map(torch.equal, map(whole_tensor, model.parameters()), before))
+
+
+def test_second_gradient_before_step_is_an_error(ranks):
+    ranks(2, refuse_second_gradient)
+
+
+def refuse_backward_within_swap_ema(backend):
+    model = sharded(network())
+    optimizer = fused(model, ema_decay=0.5, backend=backend)
+    optimizer.step_in_backward()
+    for step in range(2):
+        loss_of(model, step).backward()
+        optimizer.step()
+    before = [whole_tensor(param).clone() for param in model.parameters()]
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="within a swap_ema"):
+        loss_of(model, 2).backward()
+    assert all(map(torch.equal, map(whole_tensor, model.parameters()), before))
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_backward_within_swap_ema_is_an_error(ranks, backend):
+    ranks(2, refuse_backward_within_swap_ema, backend)
 
 
 def backward_after_a_step(backend):

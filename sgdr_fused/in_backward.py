@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from threading import Lock
 from typing import Any
 from weakref import WeakMethod, finalize, ref
 
@@ -13,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sgdr_fused.groups import check_groups
 from sgdr_fused.in_backward_checks import (
     name_of,
     refuse_flat_params,
@@ -48,9 +48,8 @@ class StepInBackward:
         self._addresses: list[int] = []
         self._updated: set[int] = set()  # ids of the parameters updated since the last step()
         self._saw_backward = False
-        # Devices run their part of backward() in threads of their own.
-        self._lock = Lock()
 
+        check_groups(optimizer.param_groups)
         params = list(_params(optimizer.param_groups))
         refuse_late_changes(params)
         refuse_gradients(optimizer.param_groups, params)
@@ -79,17 +78,16 @@ class StepInBackward:
         optimizer, step_param = self._optimizer(), self._step_param()
         if optimizer is None or step_param is None:
             return
-        with self._lock:
-            index = self._index(optimizer.param_groups, param)
-            if index is None:
-                return
-            try:
-                self._check_gradient(optimizer.param_groups, param)
-                step_param(index)
-                self._updated.add(id(param))
-            finally:
-                # After an error too: the next gradient must not be added to this one.
-                param.grad = None
+        index = self._index(optimizer.param_groups, param)
+        if index is None:
+            return
+        try:
+            self._check_gradient(optimizer.param_groups, param)
+            step_param(index)
+            self._updated.add(id(param))
+        finally:
+            # After an error too: the next gradient must not be added to this one.
+            param.grad = None
 
     def _check_gradient(self, param_groups: Sequence[Mapping[str, Any]], param: Tensor) -> None:
         if not self._saw_backward:
@@ -126,6 +124,7 @@ class StepInBackward:
         return index
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        check_groups(optimizer.param_groups)
         refuse_scaled_step(optimizer)
         params = list(_params(optimizer.param_groups))
         for param in params:

@@ -163,21 +163,23 @@ def refuse_late_changes(params: Iterable[Tensor]) -> None:
 
 
 def _reason_against(ids: set[int]) -> str:
-    if any(map(_has_just_begun, _instances(GradScaler))):
-        return _NO_SCALER + " (one that an earlier run left behind counts too: delete it)"
-    if any(_reduces_any(model, ids) for model in _instances(DistributedDataParallel)):
-        return _NO_DDP
+    for found in _instances(GradScaler, DistributedDataParallel):
+        if isinstance(found, GradScaler):
+            if _has_just_begun(found):
+                return _NO_SCALER + " (one that an earlier run left behind counts too: delete it)"
+        elif _reduces_any(found, ids):
+            return _NO_DDP
     return ""
 
 
-def _instances(cls: type) -> list[Any]:
-    """All live objects of a class and its subclasses; each refers to its class."""
-    classes = _with_subclasses(cls)
-    return [found for found in gc.get_referrers(*classes) if type(found) in classes]
+def _instances(*classes: type) -> list[Any]:
+    """All live objects of classes and their subclasses; each refers to its class."""
+    wanted = _with_subclasses(classes)
+    return [found for found in gc.get_referrers(*wanted) if type(found) in wanted]
 
 
-def _with_subclasses(cls: type) -> set[type]:
-    return {cls}.union(*map(_with_subclasses, cls.__subclasses__()))
+def _with_subclasses(classes: Iterable[type]) -> set[type]:
+    return set(classes).union(*(_with_subclasses(cls.__subclasses__()) for cls in classes))
 
 
 def _has_just_begun(scaler: GradScaler) -> bool:

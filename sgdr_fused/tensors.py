@@ -60,27 +60,34 @@ def named_params(
 ) -> Iterator[tuple[str, Mapping[str, Any], Tensor]]:
     """Each parameter with its name for error messages, and its group."""
     for i, group in enumerate(param_groups):
+        names = group.get("param_names", ())  # fewer if the user has appended to params only
         for j, param in enumerate(group["params"]):
             name = f'param_groups[{i}]["params"][{j}]'
-            if "param_names" in group:
-                name += f" ({group['param_names'][j]})"
+            if j < len(names):
+                name += f" ({names[j]})"
             yield name, group, param
 
 
 def check_tensors(
-    param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+    param_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    only: int | None = None,
 ) -> None:
     """Raises for the first gradient or tensor of the state that does not fit its parameter.
 
     Args:
         param_groups: The optimizer's.
         state: The optimizer's.
+        only: Check that parameter alone, given its index over all groups. Another thread may be
+            writing the gradients of the others.
 
     Raises:
         ValueError: Names the parameter, what was found and what to do.
         RuntimeError: The same, where torch.optim.SGD raises a RuntimeError.
     """
-    for name, group, param in named_params(param_groups):
+    for i, (name, group, param) in enumerate(named_params(param_groups)):
+        if only not in (None, i):
+            continue
         grad = param.grad
         if grad is None:
             continue

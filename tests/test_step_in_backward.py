@@ -304,21 +304,56 @@ def test_replaced_parameters_are_updated(backend):
         assert all(param.grad is None for param in params)
 
 
-@pytest.mark.parametrize("kind", [tuple, iter, None])
+@pytest.mark.parametrize("kind", [tuple, iter])
 def test_what_is_no_list_is_left_to_step(backend, kind):
     """It checks and lists them. backward() must not use up an iterator."""
     params = zeros(2)
     optimizer = FusedSGDR([{"params": [p]} for p in params], lr=1.0, T_0=10, backend=backend)
     optimizer.step_in_backward()
-    optimizer.param_groups[0]["params"] = kind(params[:1]) if kind else None
+    optimizer.param_groups[0]["params"] = kind(params[:1])
     backward_of(params, [-1, -10])
     assert moves(params) == [0, 0]
     assert [param.grad[0].item() for param in params] == [-1, -10]
-    assert kind is None or list(optimizer.param_groups[0]["params"]) == params[:1]
-    optimizer.param_groups[0]["params"] = params[:1]
     optimizer.step()
     assert moves(params) == [1, 10]
     assert all(param.grad is None for param in params)
+
+
+@pytest.mark.parametrize("wrong", [None, torch.zeros(2), {1}], ids=str)
+def test_what_cannot_be_listed_is_an_error_in_step(backend, wrong):
+    params = zeros(2)
+    optimizer = FusedSGDR([{"params": [p]} for p in params], lr=1.0, T_0=10, backend=backend)
+    optimizer.step_in_backward()
+    optimizer.param_groups[0]["params"] = wrong
+    backward_of(params, [-1, -10])
+    with pytest.raises(TypeError, match=r"param_groups\[0\]"):
+        optimizer.step()
+    assert moves(params) == [0, 0]
+    optimizer.param_groups[0]["params"] = params[:1]
+    optimizer.step()
+    assert moves(params) == [1, 10]
+
+
+def test_error_names_what_was_appended_without_a_name(backend):
+    a, b = zeros(2)
+    optimizer = FusedSGDR([("a", a)], lr=1.0, T_0=10, backend=backend)
+    optimizer.step_in_backward()
+    optimizer.param_groups[0]["params"].append(b)
+    optimizer.step()
+    backward_of([a, b], [-1, -10])
+    for param, name in ((a, r"\[0\] \(a\) got"), (b, r"\[1\] got")):
+        with pytest.raises(RuntimeError, match=name):
+            backward_of([param], [-1])
+
+
+def test_state_of_another_parameter_does_not_matter(backend):
+    a, b = zeros(2)
+    optimizer = FusedSGDR([a, b], lr=1.0, momentum=0.9, T_0=10, backend=backend)
+    optimizer.step_in_backward()
+    b.grad = torch.ones(2)
+    optimizer.state[b]["momentum_buffer"] = torch.zeros(3)
+    backward_of([a], [-1])
+    assert moves([a, b]) == [1, 0]
 
 
 def test_parameters_may_be_swapped(backend):

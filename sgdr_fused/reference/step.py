@@ -104,7 +104,7 @@ def update_params(
     for group in param_groups:
         for param in group["params"]:
             param_index += 1
-            if param.grad is None or only not in (None, param_index):
+            if only not in (None, param_index) or param.grad is None:
                 continue
             key = RandomKey(group["seed"], group["step"], param_index)
             multiplier = -coefficient if group["maximize"] else coefficient

@@ -128,7 +128,7 @@ class ReferenceStepper:
         check_groups(param_groups)
         with self._lock, torch.no_grad(), kept_on_success(param_groups):
             self.sync(param_groups, state)
-            check_tensors(param_groups, state)
+            check_tensors(param_groups, state, only=index)
             update_params(param_groups, state, only=index)
         return True
 

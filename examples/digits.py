@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+import sgdr_fused
 from sgdr_fused import CosineWarmRestarts, FusedSGDR, fit_T_0
 
 BATCH_SIZE = 64
@@ -171,7 +172,7 @@ def train_fused(digits: Digits, seed: int, save_at: int, checkpoint: Path, **sch
     def save(i: int) -> None:
         if i + 1 == save_at:
             state = {"network": run.network.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, checkpoint)
+            sgdr_fused.save(state, checkpoint)
 
     run.train(digits, range(len(digits.batches)), optimizer, optimizer.step, after_step=save)
     return run
@@ -181,7 +182,7 @@ def resume_fused(digits: Digits, save_at: int, checkpoint: Path, **schedule: Any
     """Resumes that training with a new network and a new optimizer."""
     run = Run("FusedSGDR, resumed", new_network(seed=12345))
     optimizer = FusedSGDR(run.network.parameters(), **OPTIONS, **schedule)
-    state = torch.load(checkpoint, weights_only=True)
+    state = sgdr_fused.load(checkpoint)
     run.network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     run.train(digits, range(save_at, len(digits.batches)), optimizer, optimizer.step)

@@ -2,6 +2,15 @@
 
 from sgdr_fused.cli.plot import plot_schedule
 from sgdr_fused.optimizer import FusedSGDR
+from sgdr_fused.saving import load, save
 from sgdr_fused.schedule import CosineWarmRestarts, Position, fit_T_0
 
-__all__ = ["CosineWarmRestarts", "FusedSGDR", "Position", "fit_T_0", "plot_schedule"]
+__all__ = [
+    "CosineWarmRestarts",
+    "FusedSGDR",
+    "Position",
+    "fit_T_0",
+    "load",
+    "plot_schedule",
+    "save",
+]

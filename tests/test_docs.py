@@ -51,18 +51,21 @@ DOCUMENTED = {
     "Snapshots": Snapshots,
     "fit_T_0": sgdr_fused.fit_T_0,
     "plot_schedule": sgdr_fused.plot_schedule,
+    "save": sgdr_fused.save,
 }
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED.values(), ids=DOCUMENTED.keys())
-def test_example_in_the_docstring_runs(documented):
+def test_example_in_the_docstring_runs(documented, tmp_path, monkeypatch):
     """torch's style: each line of code after ``>>>``, then what its last line gives."""
+    monkeypatch.chdir(tmp_path)
     docstring = (inspect.getdoc(documented) or "") + "\n"
     examples = re.findall(r"((?:^ *>>> .*\n)+)(?: *([^>\s].*))?", docstring, re.M)
     assert sum(code.count(">>>") for code, _ in examples) == docstring.count(">>>") > 0
     for example in examples:
         lines = [line.partition(">>> ")[2] for line in example[0].splitlines()]
-        names = vars(sgdr_fused) | pages.prelude() | {"Snapshots": Snapshots}
+        names = vars(sgdr_fused) | pages.prelude()
+        names |= {"Snapshots": Snapshots, "sgdr_fused": sgdr_fused}
         names["optimizer"] = FusedSGDR(names["model"].parameters(), lr=0.1, T_0=10)
         exec("\n".join(lines if not example[1] else lines[:-1]), names)
         if example[1]:

@@ -15,10 +15,12 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 
 from sgdr_fused.checkpoint import CheckpointCall
 from sgdr_fused.compiled import step_groups
+from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
 from sgdr_fused.groups import complete_new_group, with_unique_params
 from sgdr_fused.native import is_profiling
 from sgdr_fused.options import Backend, Clipping
+from sgdr_fused.schedule import Position
 from sgdr_fused.state_dict import adopted, saved_by_param, with_host_values
 from sgdr_fused.steppers import (
     check_backend,
@@ -62,6 +64,7 @@ class SteppedOptimizer(Optimizer):
         self._lock = new_lock()
         self._stepper = new_stepper(backend, clipping, self._lock)
         super().__init__(params, defaults)
+        self._cycle_end = CycleEnd(self.param_groups[0])
 
     # ------------------------------------------------------------------------------------------
     # step
@@ -109,8 +112,11 @@ class SteppedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         amp = self.__dict__
+        found_inf = amp.get("found_inf")
+        if found_inf is not None or self._clipping.skip_nonfinite:
+            self._cycle_end.before_step(self.param_groups)
         while not self._stepper.step(
-            self.param_groups, self.state, amp.get("grad_scale"), amp.get("found_inf")
+            self.param_groups, self.state, amp.get("grad_scale"), found_inf
         ):
             self._fall_back()
         return loss
@@ -180,6 +186,19 @@ class SteppedOptimizer(Optimizer):
         with self._lock:
             self._clipping = clipping
             self._stepper.set_clipping(*clipping)
+
+    @property
+    def begun_at(self) -> Position:
+        """Where the schedule of group 0 was last put, instead of stepped.
+
+        That is, when the optimizer was made, or by ``load_state_dict()`` or ``seek()``.
+        """
+        return self._cycle_end.begun_at
+
+    def _begin(self) -> None:
+        """Begins where the groups' schedules have been put."""
+        self._sync()
+        self._cycle_end = CycleEnd(self.param_groups[0])
 
     def _sync(self) -> None:
         self._stepper.sync(self.param_groups, self.state)
@@ -291,4 +310,4 @@ class SteppedOptimizer(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
         self._stepper = new_stepper(self.backend, self._clipping, self._lock)
-        self._sync()
+        self._begin()

@@ -265,9 +265,12 @@ class FusedSGDR(SteppedOptimizer):
 
     @property
     def is_cycle_end(self) -> bool:
-        """Whether a cycle of group 0 has just ended, by its length or by :meth:`restart`."""
-        position = position_of(self.param_groups[0])
-        return position.T_cur == 0 and position.cycle > 0
+        """Whether the last step has ended a cycle of group 0, or :meth:`restart` has since.
+
+        Asked after each step, it is True once a cycle; a skipped step ends none. On a GPU and for
+        compiled steps ask it after each step: skipped steps before the first question are not seen.
+        """
+        return self._cycle_end.is_now(self.param_groups[0])
 
     def restart(self, group: int | None = None) -> None:
         """Begin the next cycle now, for example on a plateau.
@@ -285,6 +288,7 @@ class FusedSGDR(SteppedOptimizer):
             for param_group, start in zip(groups, starts, strict=True):
                 restart_group(param_group, start, self.state)
             self._sync()
+            self._cycle_end.is_now(self.param_groups[0])
         for hook in tuple(self._restart_hooks):
             hook.after_restart(groups)
 
@@ -332,7 +336,7 @@ class FusedSGDR(SteppedOptimizer):
             positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
             for group, position in zip(self.param_groups, positions, strict=True):
                 move_group(group, position)
-            self._sync()
+            self._begin()
 
     # ---------------------------------------------------------------------------------------
     # interop
@@ -381,7 +385,7 @@ class FusedSGDR(SteppedOptimizer):
         steps_per_epoch: int,
     ) -> None:
         interop.continue_pair(self.param_groups, self.state, sgd, scheduler, steps_per_epoch)
-        self._sync()
+        self._begin()
 
     def to_pair(self) -> tuple[torch.optim.SGD, CosineAnnealingWarmRestarts]:
         """Continue the training with ``torch.optim.SGD`` and its scheduler, also within a cycle.

@@ -1,5 +1,7 @@
 """restart(), seek() and queries of a running optimizer; each group has its own schedule."""
 
+import copy
+
 import pytest
 import torch
 from pair import assert_same, copies_of, give_gradients, make_params, momentum_of
@@ -148,6 +150,77 @@ def test_is_cycle_end_is_true_once_at_the_end_of_the_last_cycle(backend):
         run(optimizer, params, 1, step)
         ends.append(optimizer.is_cycle_end)
     assert ends == [False, True, False, True, False, False, False, False]
+
+
+def skip_by_amp(optimizer, params):
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
+def skip_nonfinite(optimizer, params):
+    optimizer.skip_nonfinite = True
+    params[0].grad = torch.full_like(params[0], float("nan"))
+    optimizer.step()
+    optimizer.skip_nonfinite = False
+
+
+@pytest.fixture(params=[skip_by_amp, skip_nonfinite])
+def skip(request):
+    """Takes a step that is skipped."""
+    return request.param
+
+
+def test_is_cycle_end_is_true_once_a_cycle_though_steps_are_skipped(backend, skip):
+    """A loop that keeps the weights ``if optimizer.is_cycle_end`` kept 5 for 3 cycles."""
+    optimizer, params = make(backend, T_0=2, T_mult=1)
+    kept = []
+    for step in range(6):
+        run(optimizer, params, 1, step)
+        kept += [optimizer.cycle] if optimizer.is_cycle_end else []
+        if step % 3 == 1:
+            skip(optimizer, params)
+            kept += [optimizer.cycle] if optimizer.is_cycle_end else []
+    assert kept == [1, 2, 3]
+
+
+def test_skipped_step_is_no_cycle_end_though_nobody_asked_before(backend, skip):
+    optimizer, params = make(backend, T_0=2)
+    run(optimizer, params, 2)
+    skip(optimizer, params)
+    assert not optimizer.is_cycle_end
+
+
+@pytest.mark.parametrize("comes_there", ["restart", "seek", "load_state_dict", "deepcopy"])
+def test_step_skipped_at_the_start_of_a_cycle_is_no_cycle_end(backend, skip, comes_there):
+    optimizer, params = make(backend, T_0=2)
+    if comes_there == "restart":
+        optimizer.restart()
+    else:
+        other, _ = make(backend, T_0=2)
+        (optimizer if comes_there == "seek" else other).seek(2)
+        if comes_there == "load_state_dict":
+            optimizer.load_state_dict(other.state_dict())
+        elif comes_there == "deepcopy":
+            optimizer = copy.deepcopy(other)
+            params = optimizer.param_groups[0]["params"]
+    assert optimizer.is_cycle_end
+    skip(optimizer, params)
+    assert not optimizer.is_cycle_end
+    run(optimizer, params, optimizer.param_groups[0]["T_i"])
+    assert optimizer.is_cycle_end
+
+
+def test_begun_at_is_where_the_schedule_was_last_put(backend):
+    optimizer, params = make(backend, T_0=2)
+    run(optimizer, params, 3)
+    optimizer.restart()
+    assert optimizer.begun_at == (0, 0, 0, 2)
+    saved = optimizer.state_dict()
+    optimizer.seek(4)
+    assert optimizer.begun_at == (4, 1, 2, 4)
+    optimizer.load_state_dict(saved)
+    assert optimizer.begun_at == (3, 2, 0, 8)
 
 
 def test_is_cycle_end_is_false_at_the_end_of_the_warm_up(backend):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sgdr_fused import saving
+from sgdr_fused.groups import position_of
 from sgdr_fused.optimizer import FusedSGDR
+from sgdr_fused.schedule import Position
 
 __all__ = ["Snapshots"]
 
@@ -30,8 +34,9 @@ class Snapshots:
         model: The model that is trained.
         optimizer: Its optimizer; the cycles are those of group 0.
         keep: Number of snapshots to keep, the latest; None: all.
-        folder: Folder to keep them in, one file each, named after the cycle; snapshots that are
-            there already count. None: in the CPU's memory. With several processes, give each a
+        folder: Folder to keep them in, one file of :func:`~sgdr_fused.save` each, named after the
+            cycle; snapshots that are there already count, and what killed processes have left
+            unfinished is removed. None: in the CPU's memory. With several processes, give each a
             folder of its own, or take the snapshots in one process only.
 
     Raises:
@@ -64,66 +69,113 @@ class Snapshots:
         self.keep = keep
         self.folder = None if folder is None else Path(folder)
         self._in_memory: dict[int, dict[str, Tensor]] = {}
-        self._step_seen = self._step_now()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            saving.remove_unfinished(self.folder)
+        self._optimizer_begun_at = optimizer.begun_at
+        self._begun_at: Position | None = self._place()
+        self._cycle_seen = self._begun_at.cycle
 
     @property
     def cycles(self) -> list[int]:
         """Indices of the cycles whose weights are kept, the oldest first."""
+        cycles = self._all_cycles()
+        # A process that was killed in take() may have left more than `keep`.
+        return cycles if self.keep is None else cycles[-self.keep :]
+
+    def _all_cycles(self) -> list[int]:
         if self.folder is None:
             return sorted(self._in_memory)
         names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def update(self) -> bool:
-        """Takes a snapshot if the last step has ended a cycle; call it after each step.
+        """Takes a snapshot if a cycle has ended since the last call.
 
-        If the optimizer's state is on a GPU, this synchronizes. With cycles of whole epochs
-        (``steps_per_epoch``), a call at the end of each epoch is enough.
+        Call it after each step: then the weights are those at the cycle's end. With cycles of whole
+        epochs (``steps_per_epoch``) a call at the end of each epoch is enough, but if steps are
+        skipped, a cycle ends within an epoch, and the weights are those at that epoch's end. If
+        several cycles have ended, the snapshot is of the latest.
+
+        Call it once after resuming, too, before the first step: if the process was killed between
+        the end of a cycle and :meth:`update`, it takes that cycle's snapshot. After a step it would
+        be too late, and a warning says that the snapshot is missing.
+
+        If the optimizer's state is on a GPU, this synchronizes.
 
         Returns:
             Whether a snapshot was taken.
         """
-        before, self._step_seen = self._step_seen, self._step_now()
-        # Without an applied step, the cycle that has ended already has its snapshot.
-        if not self.optimizer.is_cycle_end or self._step_seen == before:
-            return False
-        self.take(self.optimizer.cycle - 1)
-        return True
+        place = self._place()
+        if self.optimizer.begun_at is not self._optimizer_begun_at:
+            self._optimizer_begun_at = self._begun_at = self.optimizer.begun_at
+            self._cycle_seen = self._begun_at.cycle
+        if self._begun_at is not None:
+            self._look_back(self._begun_at, place)
+            self._begun_at = None
+        has_ended = place.cycle > self._cycle_seen
+        if has_ended:
+            self.take(place.cycle - 1)
+        self._cycle_seen = place.cycle
+        return has_ended
 
-    def _step_now(self) -> int:
-        return int(self.optimizer.param_groups[0]["step"])
+    def _look_back(self, begun_at: Position, place: Position) -> None:
+        """Makes good what a killed process has left undone before ``begun_at``."""
+        self._drop_surplus()
+        cycles = self._all_cycles()
+        missing = begun_at.cycle - 1
+        if missing < 0 or missing in cycles:
+            return
+        if begun_at == place and place.T_cur == 0:
+            self._cycle_seen = missing  # the weights are still those at its end
+            return
+        newest = max(cycles, default=-1)
+        if self.folder is not None and newest < missing and (newest >= 0 or begun_at.T_cur == 0):
+            warnings.warn(
+                f"{str(self.folder)!r} has no snapshot of cycle {missing}, which had ended before "
+                "the training was resumed, and the weights have changed since; call update() right "
+                "after resuming, before the first step",
+                stacklevel=3,
+            )
+
+    def _place(self) -> Position:
+        return position_of(self.optimizer.param_groups[0])
 
     def take(self, cycle: int) -> None:
         """Keeps the weights and buffers as they are now.
 
         Args:
-            cycle: Index of the snapshot. A snapshot of that index is replaced. Snapshots of later
-                cycles are deleted: the training has been resumed from before them.
+            cycle: Index of the snapshot, >= 0. A snapshot of that index is replaced. Snapshots of
+                later cycles are deleted: the training has been resumed from before them.
 
         Raises:
-            TypeError: A weight is sharded, as under FSDP2.
+            ValueError: ``cycle`` is negative, as ``optimizer.cycle - 1`` is in the first cycle.
+            TypeError: ``cycle`` is not an integer, or a weight is sharded, as under FSDP2.
         """
+        cycle = _checked_cycle(cycle)
         weights = {
             name: value.detach().to("cpu", copy=True)
             for name, value in _whole_tensors(self.model).items()
         }
+        # In an order in which a process may be killed at any time: later cycles go first, because
+        # they are no part of this training, and older ones last.
+        for other in reversed(self._all_cycles()):
+            if other > cycle:
+                self._drop(other)
         if self.folder is None:
             self._in_memory[cycle] = weights
         else:
-            _write(self._path(cycle), weights)
-        cycles = self.cycles
-        kept = [kept for kept in cycles if kept <= cycle][-(self.keep or len(cycles)) :]
-        for other in cycles:
-            if other not in kept:
-                self._drop(other)
+            saving.save(weights, self._path(cycle))
+        self._drop_surplus()
+        if cycle == self._place().cycle - 1:
+            self._cycle_seen = cycle + 1
 
     def load(self, cycle: int) -> dict[str, Tensor]:
         """The weights at the end of a cycle, as a state_dict of the model on the CPU.
 
         Raises:
             KeyError: There is no snapshot of that cycle.
+            ValueError: The file is damaged, or no snapshot; the message names it.
         """
         if cycle not in self.cycles:
             raise KeyError(
@@ -131,7 +183,12 @@ class Snapshots:
             )
         if self.folder is None:
             return {name: value.clone() for name, value in self._in_memory[cycle].items()}
-        loaded: dict[str, Tensor] = torch.load(self._path(cycle), weights_only=True)
+        loaded = saving.load(self._path(cycle))
+        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+            raise ValueError(
+                f"{str(self._path(cycle))!r} is no snapshot: it holds no dict of tensors; move it "
+                "to another folder"
+            )
         return loaded
 
     @contextmanager
@@ -140,7 +197,7 @@ class Snapshots:
 
         Raises:
             KeyError: There is no snapshot of that cycle.
-            ValueError: The snapshot is of another model; the model is as it was.
+            ValueError: The snapshot is damaged or of another model; the model is as it was.
         """
         weights, current = self.load(cycle), _whole_tensors(self.model)
         for name in sorted(weights.keys() | current.keys()):
@@ -161,23 +218,25 @@ class Snapshots:
 
     @torch.no_grad()
     def predict(
-        self,
-        inputs: Any,
-        of_output: Callable[[Any], Tensor] = lambda output: torch.softmax(output, dim=-1),
+        self, *inputs: Any, of_output: Callable[[Any], Tensor] | None = None, **named_inputs: Any
     ) -> Tensor:
         """The mean of the snapshots' predictions, in evaluation mode.
 
         Args:
-            inputs: The model's argument.
-            of_output: Makes a prediction of the model's output; by default the softmax over the
-                last dimension.
+            *inputs: The model's arguments, passed on as they are: ``predict(batch)`` calls
+                ``model(batch)``, also for a dict or a tuple, ``predict(*batch)`` calls
+                ``model(*batch)``.
+            of_output: Makes a prediction of the model's output; None: the softmax over the last
+                dimension.
+            **named_inputs: The model's keyword arguments, as in ``predict(**batch)``.
 
         Returns:
             The mean, of the shape of a prediction.
 
         Raises:
             RuntimeError: There is no snapshot yet.
-            ValueError: A snapshot is of another model.
+            ValueError: A snapshot is damaged or of another model.
+            TypeError: A prediction is not a tensor, so that ``of_output`` is needed.
         """
         cycles = self.cycles
         if not cycles:
@@ -188,7 +247,7 @@ class Snapshots:
             for cycle in cycles:
                 with self.swapped_in(cycle) as model:
                     model.eval()
-                    predicted = of_output(model(inputs))
+                    predicted = _prediction(model(*inputs, **named_inputs), of_output)
                 total = predicted if total is None else total + predicted
         finally:
             for module, mode in modes.items():
@@ -200,11 +259,37 @@ class Snapshots:
         assert self.folder is not None
         return self.folder / f"snapshot-{cycle:06d}.pt"
 
+    def _drop_surplus(self) -> None:
+        for cycle in sorted(set(self._all_cycles()) - set(self.cycles)):
+            self._drop(cycle)
+
     def _drop(self, cycle: int) -> None:
         if self.folder is None:
             del self._in_memory[cycle]
         else:
-            self._path(cycle).unlink()
+            self._path(cycle).unlink(missing_ok=True)
+
+
+def _checked_cycle(cycle: int) -> int:
+    if isinstance(cycle, bool) or not hasattr(cycle, "__index__"):
+        raise TypeError(f"Invalid cycle value: {cycle!r}; cycle must be an integer")
+    if index(cycle) < 0:
+        raise ValueError(
+            f"Invalid cycle value: {cycle!r}; cycle must be >= 0, the index of a cycle that has "
+            "ended; none has ended while optimizer.cycle is 0"
+        )
+    return index(cycle)
+
+
+def _prediction(output: Any, of_output: Callable[[Any], Tensor] | None) -> Tensor:
+    predicted = output if of_output is None else of_output(output)
+    if not isinstance(predicted, Tensor):
+        what = "the model's output" if of_output is None else "the result of of_output"
+        raise TypeError(
+            f"{what} is no tensor, but a {type(predicted).__name__}; pass an of_output=function "
+            "that makes the tensor of class probabilities of the output"
+        )
+    return torch.softmax(predicted, dim=-1) if of_output is None else predicted
 
 
 def _whole_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -221,17 +306,3 @@ def _whole_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _shape_in_words(tensor: Tensor | None) -> str:
     return "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-
-
-def _write(path: Path, weights: dict[str, Tensor]) -> None:
-    """Writes the whole file or, if writing fails, none."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(weights, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

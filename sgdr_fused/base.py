@@ -7,14 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
+from torch import Tensor, compiler
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from sgdr_fused.checkpoint import CheckpointCall
-from sgdr_fused.compiled import step_groups
+from sgdr_fused.compiled import guard_identity, step_groups
 from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
 from sgdr_fused.groups import complete_new_group, with_unique_params
@@ -85,8 +84,10 @@ class SteppedOptimizer(Optimizer):
 
         After an error parameters, momentum and schedule are as they were.
         """
-        if is_compiling():
-            return self._step_in_graph(closure)
+        # It is "compiler.", because torch.compile skips a method that names no module of torch's,
+        # and then traces the ones that it calls.
+        if compiler.is_compiling():
+            return None if self._step_in_graph(closure) else self._step_out_of_graph(closure)
         if not self.state and (call := CheckpointCall.for_new_state(self.param_groups)):
             call.add_missing_keys(self.param_groups, self.state)
             return None
@@ -130,17 +131,30 @@ class SteppedOptimizer(Optimizer):
         # it.
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
-    def _step_in_graph(self, closure: Callable[[], Any] | None) -> Any:
-        """The step that torch.compile traces: one op for each group, or a graph break."""
-        if closure is None and not (
-            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+    def _step_in_graph(self, closure: Callable[[], Any] | None) -> bool:
+        """The step that torch.compile traces, one op for each group; False if it cannot be."""
+        # torch.compile guards what this method reads, so that no graph outlives a change of it, but
+        # not what _init_group() reads. Of a dict it guards the length, not the truth; of a missing
+        # attribute the answer of hasattr(), not that of getattr().
+        grad_scale = self.grad_scale if hasattr(self, "grad_scale") else None
+        found_inf = self.found_inf if hasattr(self, "found_inf") else None
+        tensors: tuple[list[Tensor], ...] = ([], [], [], [])
+        if (
+            closure is not None
+            or self._is_swapped
+            or self.backend == "reference"
+            or self._clipping.needs_norm
+            or not isinstance(grad_scale, (Tensor, type(None)))
+            or not isinstance(found_inf, (Tensor, type(None)))
+            or len(self._optimizer_step_pre_hooks) > 0
+            or len(self._optimizer_step_post_hooks) > 0
+            or len(_global_pre_hooks) > 0
+            or len(_global_post_hooks) > 0
+            or not self._init_group(*tensors)
         ):
-            tensors: tuple[list[Tensor], ...] = ([], [], [], [])
-            if self._init_group(*tensors):
-                amp = self.__dict__
-                step_groups(self.param_groups, tensors, amp.get("grad_scale"), amp.get("found_inf"))
-                return None
-        return self._step_out_of_graph(closure)
+            return False
+        step_groups(self.param_groups, tensors, grad_scale, found_inf)
+        return True
 
     def _init_group(self, *tensors: list[Tensor]) -> bool:
         """Adds the tensors of the next step to the lists; False if the step cannot be traced.
@@ -148,18 +162,20 @@ class SteppedOptimizer(Optimizer):
         torch.compile runs a method of this name instead of tracing it, and makes the tensors in
         the lists inputs of the graph.
         """
-        stepper = traced_stepper(self._stepper, self.backend, self._clipping, self.param_groups)
-        if stepper is None or self._is_swapped:
+        stepper = traced_stepper(self._stepper, self.param_groups)
+        if stepper is None:
             return False
         self._stepper = stepper
         collected = stepper.collect(self.param_groups, self.state)
         for own, found in zip(tensors, collected, strict=True):
             own.extend(found)
+        guard_identity(self.param_groups)
         return True
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_out_of_graph(self, closure: Callable[[], Any] | None) -> Any:
-        return self.step(closure)
+        # Not self.step, which may be a subclass's, or compiled.
+        return SteppedOptimizer.step(self, closure)
 
     def _step_param(self, index: int) -> None:
         """Updates one parameter, given its index over all groups; the schedule stays."""

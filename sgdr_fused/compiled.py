@@ -87,6 +87,18 @@ def step_groups(
         first, first_buffer = last, last_buffer
 
 
+def guard_identity(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Makes torch.compile guard which tensors the groups hold, not their dtype and shape alone.
+
+    Args:
+        param_groups: The optimizer's.
+    """
+    for group in param_groups:
+        for value in (*group["params"], *group.values()):
+            if isinstance(value, Tensor):
+                torch._dynamo.mark_static_address(value, guard=True)
+
+
 class TracedStepper:
     """The steps of one optimizer once torch.compile has traced one.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakMethod, finalize, ref
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -73,6 +74,7 @@ class StepInBackward:
         """Leaves the updates to :meth:`~sgdr_fused.FusedSGDR.step` again."""
         self._finalizer()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self, param: Tensor) -> None:
         """The hook of every parameter."""
         optimizer, step_param = self._optimizer(), self._step_param()

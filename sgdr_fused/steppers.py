@@ -153,19 +153,14 @@ def stepper_after_refusal(
 
 
 def traced_stepper(
-    stepper: Stepper,
-    backend: Backend,
-    clipping: Clipping,
-    param_groups: Sequence[MutableMapping[str, Any]],
+    stepper: Stepper, param_groups: Sequence[MutableMapping[str, Any]]
 ) -> TracedStepper | None:
-    """The stepper for a step that torch.compile traces; None if that step cannot be traced.
+    """The stepper for a step that torch.compile traces; None if the groups' step cannot be traced.
 
     Args:
         stepper: The current one, kept if it is the right one.
-        backend: Which backend the user wants.
-        clipping: Options of the whole optimizer.
         param_groups: The optimizer's.
     """
-    if backend == "reference" or clipping.needs_norm or not is_traceable(param_groups):
+    if not is_traceable(param_groups):
         return None
     return stepper if isinstance(stepper, TracedStepper) else TracedStepper()

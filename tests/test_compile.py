@@ -6,6 +6,10 @@ import pytest
 import torch
 from pair import assert_same_state
 from torch._dynamo.utils import counters
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from sgdr_fused import FusedSGDR, native
 from sgdr_fused.compiled import TracedStepper
@@ -221,3 +225,241 @@ def test_skipped_compiled_step_changes_nothing():
         assert unmoved == [bad] * 4, i
     assert optimizer.state_dict()["param_groups"][0]["step"] == 2
     assert optimizer.skipped_steps == 3
+
+
+def run_twice(changes, steps=8):
+    """Trains one parameter with a compiled step and one with an eager step, and compares them.
+
+    Args:
+        changes: What is done to the optimizer before a step, by the step's index.
+        steps: Number of steps.
+    """
+    seen = []
+    for compile_or_not in (lambda f: torch.compile(f, backend="eager"), lambda f: f):
+        torch._dynamo.reset()
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2)]
+        optimizer = FusedSGDR(params, **OPTIONS)
+        step = compile_or_not(lambda optimizer=optimizer: optimizer.step())
+        lrs = []
+        for i in range(steps):
+            changes.get(i, lambda _: None)(optimizer)
+            for factor, param in enumerate(optimizer.param_groups[0]["params"], 1):
+                param.grad = torch.linspace(-3, 2, 6) * factor * (i + 1)
+            step()
+            lrs += optimizer.get_last_lr()
+        params += optimizer.param_groups[0]["params"]
+        seen.append((lrs, optimizer.skipped_steps, [param.detach() for param in params]))
+    (lrs, skipped, params), (eager_lrs, eager_skipped, eager_params) = seen
+    assert lrs == eager_lrs
+    assert skipped == eager_skipped
+    assert all(map(torch.equal, params, eager_params))
+
+
+def setting(**attributes):
+    """A change that sets attributes of the optimizer, or deletes those that are to be None."""
+
+    def change(optimizer):
+        for name, value in attributes.items():
+            delattr(optimizer, name) if value is None else setattr(optimizer, name, value)
+
+    return change
+
+
+def replace_first_param(optimizer):
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(6))
+
+
+SCALED = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    {
+        "max_grad_norm": {3: setting(max_grad_norm=0.5)},
+        "max_grad_norm_for_a_while": {
+            3: setting(max_grad_norm=0.5),
+            5: lambda o: setattr(o, "max_grad_norm", None),
+        },
+        "backend": {3: setting(backend="reference")},
+        "grad_scale": {3: setting(**SCALED)},
+        "grad_scale_for_a_while": {
+            3: setting(**SCALED),
+            5: setting(grad_scale=None, found_inf=None),
+        },
+        "grad_scale_first": {0: setting(**SCALED), 4: setting(grad_scale=None, found_inf=None)},
+        "found_inf": {
+            3: setting(found_inf=torch.tensor(0.0)),
+            4: setting(found_inf=torch.tensor(1.0)),
+            6: setting(found_inf=None),
+        },
+        "grad_scale_as_a_float": {
+            3: setting(grad_scale=2.0, found_inf=0.0),
+            5: setting(grad_scale=4.0),
+            6: setting(found_inf=1.0),
+        },
+        "lr_as_a_tensor": {
+            3: lambda o: o.param_groups[0].update(lr=torch.tensor(0.3, dtype=torch.float64))
+        },
+        "T_cur_as_a_tensor": {3: lambda o: o.param_groups[0].update(T_cur=torch.tensor(3))},
+        "params_reversed": {3: lambda o: o.param_groups[0]["params"].reverse()},
+        "param_replaced": {3: replace_first_param},
+        "load_state_dict": {3: lambda o: o.load_state_dict(o.state_dict())},
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_compiled_step_notices_a_change_made_after_the_compilation(changes):
+    run_twice(changes[1])
+
+
+def test_compiled_step_notices_skip_nonfinite():
+    """Set after an optimizer's step is compiled, it skips as an eager step would."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedSGDR([param], **OPTIONS)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for gradient in (1.0, 1.0):
+        param.grad = torch.full((3,), gradient)
+        step()
+    optimizer.skip_nonfinite = True
+    before = param.detach().clone()
+    param.grad = torch.full((3,), torch.nan)
+    step()
+    assert torch.equal(param, before)
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "overflow"])
+def test_grad_scaler_that_starts_after_the_compilation_unscales(bad):
+    """scaler.step() calls the method that the user has compiled."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = FusedSGDR([param], lr=1.0, T_0=1000, anneal="epoch", steps_per_epoch=1000)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        optimizer.zero_grad()
+        param.sum().backward()
+        optimizer.step()
+    assert param.item() == -2
+    scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(param.sum() * (torch.inf if bad else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert param.item() == (-2 if bad else -4)
+    assert optimizer.skipped_steps == (2 if bad else 0)
+    optimizer.zero_grad()
+    param.sum().backward()
+    optimizer.step()
+    assert param.item() == (-3 if bad else -5)
+
+
+def fused_sgdr(params):
+    return FusedSGDR(params, lr=0.1, T_0=2)
+
+
+def torchs_sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+@pytest.mark.parametrize("make_optimizer", [fused_sgdr, torchs_sgd])
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+        lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+        lambda _, hook: register_optimizer_step_pre_hook(hook),
+        lambda _, hook: register_optimizer_step_post_hook(hook),
+    ],
+    ids=["pre", "post", "global_pre", "global_post"],
+)
+def test_step_hook_registered_after_the_compilation_is_called(make_optimizer, register):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer([param])
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+
+    def take_steps():
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            step()
+
+    take_steps()
+    calls = []
+    handle = register(optimizer, lambda *_: calls.append(1))
+    take_steps()
+    assert len(calls) == 2
+    handle.remove()
+    take_steps()
+    assert len(calls) == 2
+
+
+def test_restart_hook_registered_after_the_compilation_is_called():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedSGDR([param], lr=0.1, T_0=2)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    cycles = []
+    for i in range(8):
+        if i == 3:
+            optimizer.register_restart_hook(lambda o: cycles.append(o.cycle))
+        param.grad = torch.ones(3)
+        step()
+    assert cycles == [2, 3, 4]
+
+
+def test_step_in_backward_begun_after_the_compilation_updates_once():
+    ours, usual = models()
+    optimizers = [FusedSGDR(model.parameters(), **OPTIONS) for model in (ours, usual)]
+
+    def train(model, optimizer):
+        def step(x):
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        return step
+
+    steps = [
+        torch.compile(train(ours, optimizers[0]), backend="eager"),
+        train(usual, optimizers[1]),
+    ]
+    handles = []
+    for i in range(10):
+        for optimizer, step in zip(optimizers, steps, strict=True):
+            if i == 3:
+                optimizer.zero_grad()
+                handles.append(optimizer.step_in_backward())
+            elif i == 6:
+                handles.pop(0).remove()
+            elif i != 4 and i != 5:
+                optimizer.zero_grad()
+            step(batch(i))
+    assert optimizers[0].get_last_lr() == optimizers[1].get_last_lr()
+    assert all(map(torch.equal, ours.parameters(), usual.parameters()))
+
+
+def test_compiled_step_within_swap_ema_is_an_error():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedSGDR([param], **OPTIONS)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    param.grad = torch.ones(3)
+    step()
+    before = param.detach().clone()
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match=r"within a swap_ema\(\) block"):
+        step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_step_of_a_subclass_runs_once_when_compiled(options):
+    calls = []
+
+    class Counting(FusedSGDR):
+        def step(self, closure=None):
+            calls.append(1)
+            return super().step(closure)
+
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = Counting([param], **OPTIONS, **options)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for _ in range(3):
+        param.grad = torch.ones(3)
+        step()
+    assert len(calls) == 3
+    assert int(optimizer.param_groups[0]["step"]) == 3

@@ -248,4 +248,6 @@ class TracedStepper:
 
 
 def _to_tensor(value: float | Tensor | None) -> Tensor | None:
-    return value if value is None else torch.as_tensor(value)
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64, device="cpu")

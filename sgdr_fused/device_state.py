@@ -71,7 +71,7 @@ class DeviceState:
         params = group["params"]
         _refuse_capture("the optimizer's state has to move to the GPU")
         with torch.inference_mode(False):
-            memory = torch.zeros(_WORDS + len(params), dtype=torch.int64)
+            memory = torch.zeros(_WORDS + len(params), dtype=torch.int64, device="cpu")
             on_host = cls(memory, params)
             for name, field in on_host.fields.items():
                 field.fill_(group[name])

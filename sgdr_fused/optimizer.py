@@ -206,11 +206,13 @@ class FusedSGDR(SteppedOptimizer):
     def grad_norm(self) -> Tensor | None:
         """Norm of all gradients at the last step, before clipping.
 
-        A float64 tensor of shape (), on the parameters' device. None before the first step, and
-        unless ``max_grad_norm`` or ``skip_nonfinite`` is set.
+        A float64 tensor of shape (), on the GPU if a native step ran there, else on the CPU. None
+        before the first step, and unless ``max_grad_norm`` or ``skip_nonfinite`` is set.
         """
         norm = self._stepper.grad_norm
-        return torch.tensor(norm, dtype=torch.float64) if isinstance(norm, float) else norm
+        if not isinstance(norm, float):
+            return norm
+        return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
     @property
     def skipped_steps(self) -> int:

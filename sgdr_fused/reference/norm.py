@@ -26,7 +26,7 @@ def sum_of_squares(grads: Iterable[Tensor]) -> Tensor:
     """
     chunks = [_sums_of_chunks(grad) for grad in grads if grad.numel() != 0]
     if not chunks:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return _sum_of_lanes(torch.cat(chunks)[None])[0]
 
 
@@ -58,7 +58,7 @@ def norm_of(sums: Sequence[Tensor], grad_scale: float) -> float:
 def _sums_of_chunks(values: Tensor) -> Tensor:
     values = values.detach().to(torch.float64)
     chunks = -(-values.numel() // _CHUNK)
-    padded = torch.zeros(chunks * _CHUNK, dtype=torch.float64)
+    padded = torch.zeros(chunks * _CHUNK, dtype=torch.float64, device="cpu")
     padded[: values.numel()] = values * values
     return _sum_of_lanes(padded.view(chunks, _CHUNK))
 
@@ -67,7 +67,7 @@ def _sum_of_lanes(rows: Tensor) -> Tensor:
     """The sum of each row: first each lane in order, then the lanes, in halves."""
     missing = -rows.shape[1] % _LANES
     rows = torch.nn.functional.pad(rows, (0, missing))
-    lanes = torch.zeros(rows.shape[0], _LANES, dtype=torch.float64)
+    lanes = torch.zeros(rows.shape[0], _LANES, dtype=torch.float64, device="cpu")
     for part in rows.view(rows.shape[0], -1, _LANES).unbind(1):
         lanes += part
     while lanes.shape[1] > 1:

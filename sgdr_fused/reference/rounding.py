@@ -44,12 +44,13 @@ def random_bits(key: RandomKey, rounded: Rounded, numel: int) -> Tensor:
         numel: Number of elements.
 
     Returns:
-        Integers from 0 to 65535, of dtype int64 and shape (numel,), in the order of memory.
+        Integers from 0 to 65535, of dtype int64 and shape (numel,), in the order of memory, on the
+        CPU.
 
     References:
         Philox4x32-10: Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011.
     """
-    draws = torch.arange((numel + _DRAW_NUMEL - 1) // _DRAW_NUMEL)
+    draws = torch.arange((numel + _DRAW_NUMEL - 1) // _DRAW_NUMEL, device="cpu")
     words = [
         draws & _WORD,
         (draws >> 32 << 1 & _WORD) | rounded,
@@ -58,7 +59,7 @@ def random_bits(key: RandomKey, rounded: Rounded, numel: int) -> Tensor:
     ]
     words = _philox(words, key.seed)
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
-    flips = torch.arange(8).mul(1 << 13)
+    flips = torch.arange(8, device="cpu").mul(1 << 13)
     return (halves[:, None, :] ^ flips[None, :, None]).reshape(-1)[:numel]
 
 

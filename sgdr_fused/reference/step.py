@@ -228,7 +228,7 @@ def _store(
     if not is_rounded or stored.dtype not in (torch.float16, torch.bfloat16):
         stored.copy_(value)
         return
-    bits = random_bits(key, rounded, value.numel())
+    bits = random_bits(key, rounded, value.numel()).to(value.device)
     bits = bits.as_strided(value.shape, torch.empty_like(layout).stride())
     stored.copy_(round_stochastically(value, stored.dtype, bits))
 

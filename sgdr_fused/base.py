@@ -20,6 +20,7 @@ from sgdr_fused.groups import complete_new_group, with_unique_params
 from sgdr_fused.native import is_profiling
 from sgdr_fused.options import Backend, Clipping
 from sgdr_fused.schedule import Position
+from sgdr_fused.shards import find_flat_shard
 from sgdr_fused.state_dict import adopted, saved_by_param, with_host_values
 from sgdr_fused.steppers import (
     check_backend,
@@ -28,6 +29,7 @@ from sgdr_fused.steppers import (
     stepper_after_refusal,
     traced_stepper,
 )
+from sgdr_fused.tensors import refuse_norm_of_flat_shards
 
 __all__ = ["SteppedOptimizer"]
 
@@ -45,9 +47,6 @@ class SteppedOptimizer(Optimizer):
         ValueError: An option is out of its range.
         RuntimeError: ``backend="native"`` and there is no native backend.
     """
-
-    # GradScaler then leaves the gradients alone and sets grad_scale and found_inf for the step.
-    _step_supports_amp_scaling = True
 
     _is_swapped = False
     # The state_dict that load_state_dict() is loading.
@@ -88,9 +87,11 @@ class SteppedOptimizer(Optimizer):
         # and then traces the ones that it calls.
         if compiler.is_compiling():
             return None if self._step_in_graph(closure) else self._step_out_of_graph(closure)
-        if not self.state and (call := CheckpointCall.for_new_state(self.param_groups)):
-            call.add_missing_keys(self.param_groups, self.state)
-            return None
+        if not self.state:
+            if call := CheckpointCall.for_new_state(self.param_groups):
+                call.add_missing_keys(self.param_groups, self.state)
+                return None
+            refuse_norm_of_flat_shards(self.param_groups, self._clipping)
         # Not in a function of its own, because a call costs time.
         if (
             self._optimizer_step_pre_hooks
@@ -121,6 +122,15 @@ class SteppedOptimizer(Optimizer):
         ):
             self._fall_back()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves the gradients alone, and sets grad_scale and found_inf instead.
+
+        A ShardedGradScaler would then set found_inf without a look at the other ranks.
+        """
+        params = (param for group in self.param_groups for param in group["params"])
+        return find_flat_shard(params) is None
 
     # torch's own wrapper: the profiler range and the hooks.
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -200,6 +210,7 @@ class SteppedOptimizer(Optimizer):
 
     def _set_clipping(self, clipping: Clipping) -> None:
         with self._lock:
+            refuse_norm_of_flat_shards(self.param_groups, clipping)
             self._clipping = clipping
             self._stepper.set_clipping(*clipping)
 
@@ -247,6 +258,7 @@ class SteppedOptimizer(Optimizer):
             super().add_param_group(with_unique_params(param_group))
             try:
                 complete_new_group(self.param_groups)
+                refuse_norm_of_flat_shards(self.param_groups, self._clipping)
                 self._sync()
             except BaseException:
                 self.param_groups.pop()

@@ -63,7 +63,8 @@ class FusedSGDR(SteppedOptimizer):
         decoupled_weight_decay: Multiply the parameter by ``1 - lr * weight_decay`` instead (SGDW).
         max_grad_norm: Scale the gradients down to at most this norm, as
             :func:`torch.nn.utils.clip_grad_norm_` over the parameters of all groups; the gradients
-            themselves are not written. For DTensor shards the norm is over all ranks.
+            themselves are not written. For DTensor shards the norm is over all ranks. FSDP1's
+            shards do not tell their ranks: an error.
         skip_nonfinite: Skip a step whose gradients hold an infinity or NaN: nothing changes, the
             schedule included, except :attr:`skipped_steps`.
         ema_decay: Keep an average of each parameter,

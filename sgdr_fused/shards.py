@@ -1,13 +1,16 @@
-"""DTensors: the local shard behind one, where it is placed, and sums over its ranks."""
+"""DTensors: the local shard behind one, where it is placed, and sums over its ranks; FSDP1."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "find_flat_shard",
     "local_tensor",
     "place_in_words",
     "placed_like",
@@ -95,3 +98,23 @@ def sum_over_shards(sum_of_squares: Tensor, axes: tuple[Any, tuple[int, ...]]) -
     mesh, dimensions = axes
     for dimension in dimensions:
         torch.distributed.all_reduce(sum_of_squares, group=mesh.get_group(dimension))
+
+
+def find_flat_shard(params: Iterable[Tensor]) -> Tensor | None:
+    """The first parameter that FullyShardedDataParallel (FSDP1) has sharded; None without one.
+
+    FSDP1's parameters are plain tensors, which do not tell over which ranks they are sharded.
+
+    Args:
+        params: Parameters of an optimizer. With ``use_orig_params=True`` those of an FSDP unit
+            count as whole, as with ``NO_SHARD``, if one of them has other than one dimension.
+    """
+    units: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for param in params:
+        if not getattr(param, "_fsdp_flattened", False):
+            continue
+        if not getattr(param, "_is_flat_param", False):
+            units[param.untyped_storage().data_ptr()].append(param)
+        elif param._sharded_size != param._unpadded_unsharded_size:  # type: ignore[attr-defined]
+            return param
+    return next((unit[0] for unit in units.values() if all(p.dim() == 1 for p in unit)), None)

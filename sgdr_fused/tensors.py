@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgdr_fused.shards import local_tensor, place_in_words, placement_of
+from sgdr_fused.options import Clipping
+from sgdr_fused.shards import find_flat_shard, local_tensor, place_in_words, placement_of
 
 __all__ = [
     "arithmetic_dtype",
@@ -17,6 +18,7 @@ __all__ = [
     "dtypes_of_state",
     "kinds_of_tensors",
     "named_params",
+    "refuse_norm_of_flat_shards",
 ]
 
 
@@ -145,6 +147,40 @@ def check_tensors(
                 )
             tensors[role] = tensor
         _refuse_shared_memory(name, tensors)
+
+
+def refuse_norm_of_flat_shards(
+    param_groups: Sequence[Mapping[str, Any]], clipping: Clipping
+) -> None:
+    """Raises if the norm of the gradients would be that of this rank's shards alone.
+
+    Args:
+        param_groups: The optimizer's.
+        clipping: Options of the whole optimizer.
+
+    Raises:
+        ValueError: Names the option, the parameter and what to do.
+    """
+    if not clipping.needs_norm:
+        return
+    shard = find_flat_shard(param for group in param_groups for param in group["params"])
+    if shard is None:
+        return
+    name = next(name for name, _, param in named_params(param_groups) if param is shard)
+    if (norm := clipping.max_grad_norm) is not None:
+        option = f"max_grad_norm={norm!r}"
+        instead = f"set it to None, and call model.clip_grad_norm_({norm!r}) before step()"
+    else:
+        option = "skip_nonfinite=True"
+        instead = (
+            "set it to False, and let a ShardedGradScaler skip steps, or call step() only if the "
+            "norm that model.clip_grad_norm_() returns is finite"
+        )
+    raise ValueError(
+        f"{option} needs the norm over all ranks, but {name} is a shard of "
+        f"FullyShardedDataParallel (FSDP1), which does not tell its ranks; {instead}; or shard the "
+        "model with fully_shard() (FSDP2)"
+    )
 
 
 def kinds_of_tensors(param_groups: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 LIBRARIES_OWN_WARNINGS = [
     # The import of torch.distributed.optim
     ("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning),
+    # FSDP1 with NO_SHARD
+    ("ignore", "The `NO_SHARD` sharding strategy is deprecated", FutureWarning),
     # FSDP2 around a tensor-parallel layer, whose output is a view of a DTensor's shard
     ("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning),
 ]

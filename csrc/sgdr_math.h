@@ -226,12 +226,13 @@ SGDR_HD double grad_norm(double sum_of_squares, double grad_scale) {
   return sqrt(sum_of_squares) / fabs(grad_scale);
 }
 
-// The coefficient of torch.nn.utils.clip_grad_norm_. A norm of NaN gives NaN, as in torch.
+SGDR_HD bool is_finite(double x) { return x - x == 0; }
+
+// The coefficient of torch.nn.utils.clip_grad_norm_. A norm of NaN gives NaN, as in torch. An
+// infinite limit only measures: it gives 1 for every norm.
 SGDR_HD double clip_coefficient(double grad_norm, double max_grad_norm) {
   const double coefficient = max_grad_norm / (grad_norm + 1e-6);
-  return coefficient >= 1 ? 1 : coefficient;
+  return coefficient >= 1 || !is_finite(max_grad_norm) ? 1 : coefficient;
 }
-
-SGDR_HD bool is_finite(double x) { return x - x == 0; }
 
 }  // namespace sgdr

@@ -35,13 +35,13 @@ def clip_coefficient(grad_norm: float, max_grad_norm: float) -> float:
 
     Args:
         grad_norm: Norm of the gradients.
-        max_grad_norm: Largest norm after clipping.
+        max_grad_norm: Largest norm after clipping; if it is infinite, any norm is left alone.
 
     Returns:
-        At most 1; NaN for a norm of NaN.
+        At most 1; NaN for a norm of NaN and a finite limit.
     """
     coefficient = max_grad_norm / (grad_norm + 1e-6)
-    return 1.0 if coefficient >= 1 else coefficient
+    return 1.0 if coefficient >= 1 or max_grad_norm == math.inf else coefficient
 
 
 def norm_of(sums: Sequence[Tensor], grad_scale: float) -> float:

@@ -191,7 +191,7 @@ class TracedStepper:
             self._states[i] = DeviceState.make(group, state)
             return
         self._states[i] = device_state
-        check_group(group)
+        group.update(check_group(group, is_on_gpu=True))
         device_state.write_changes_of(group)
         # An option of the schedule may have changed, so the LR is computed anew.
         numbers = dict(group) | device_state.numbers()

@@ -151,7 +151,7 @@ def sync_group_on_device(
         _to_host(group, device_state, state)
         device_state = None
     if device_state is not None:
-        check_group(group)
+        group.update(check_group(group, is_on_gpu=True))
         device_state.write_changes_of(group)
         return device_state
     sync_group(group)

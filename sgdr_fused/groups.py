@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, KeysView, Mapping, MutableMapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,27 +10,30 @@ from typing import Any
 from torch import Tensor
 from torch.nn import ParameterList
 
-from sgdr_fused.options import GROUP_OPTIONS, check_group_options
+from sgdr_fused.options import GROUP_OPTIONS, check_group_options, plain_options
 from sgdr_fused.schedule import CosineWarmRestarts, Position
+from sgdr_fused.values import INTEGER, shown
 
 __all__ = [
     "advance_group",
+    "as_list",
     "check_group",
     "check_groups",
     "complete_new_group",
     "drop_momentum",
+    "index_of_group",
     "is_unchanged",
     "kept_on_success",
+    "listed",
     "move_group",
+    "moved_group",
     "position_of",
     "sync_group",
-    "with_unique_params",
 ]
 
 # What a group has besides its options.
 _OWN_ENTRIES = ("params", "initial_lr", "scheduled_lr", "skipped_steps", *Position._fields)
 _ENTRIES = frozenset((*_OWN_ENTRIES, *(option.name for option in GROUP_OPTIONS)))
-_LEAST = {"step": 0, "cycle": 0, "T_cur": -math.inf, "T_i": 1, "skipped_steps": 0}
 
 
 def check_groups(param_groups: Sequence[MutableMapping[str, Any]]) -> None:
@@ -94,56 +96,87 @@ def kept_on_success(param_groups: Sequence[MutableMapping[str, Any]]) -> Iterato
         raise
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], is_on_gpu: bool = False) -> dict[str, Any]:
     """Raises if an option, or the place in the schedule, is not valid.
 
     Args:
-        group: A param group with all its entries.
+        group: A param group with all its entries. It is not written.
+        is_on_gpu: As for :func:`~sgdr_fused.options.plain_options`.
+
+    Returns:
+        The entries that are not plain Python values, as plain ones, to update the group with.
 
     Raises:
         ValueError: Names the entry, its value and what to do.
     """
-    schedule = CosineWarmRestarts.of_group(group)
-    check_group_options(group)
-    for name, least in _LEAST.items():
-        value = group[name]
-        # On a GPU these are tensors, and reading one would synchronize.
-        if not isinstance(value, Tensor) and (type(value) is not int or value < least):
-            raise ValueError(
-                f"Invalid {name} value in a param group: {value!r}; call seek() to set the "
-                "schedule's position"
-            )
-    T_cur = group["T_cur"]
+    changes = plain_options(group, is_on_gpu)
+    plain = {**group, **changes}
+    schedule = CosineWarmRestarts.of_group(plain)
+    check_group_options(plain)
+    T_cur = plain["T_cur"]
     if not isinstance(T_cur, Tensor) and T_cur < -schedule.warmup_steps:
         raise ValueError(
             f"warmup_steps={schedule.warmup_steps} is less than the {-T_cur} steps of warm-up "
             "that remain; call seek() to leave the warm-up"
         )
+    return changes
 
 
-def with_unique_params(param_group: dict[str, Any]) -> dict[str, Any]:
-    """A group that is to be added, its parameters as a list.
+def listed(param_group: object, index: int) -> Any:
+    """A group that is to be added, its parameters as a list; the argument is not written.
 
     Args:
         param_group: Argument of ``add_param_group()``.
+        index: The index that the group will have.
 
     Raises:
-        ValueError: A parameter is listed twice.
+        ValueError: There are no parameters, or one is listed twice.
+        TypeError: The parameters, or an entry of theirs, have a wrong type.
     """
-    if not isinstance(param_group, dict) or isinstance(
-        param_group.get("params"), (Tensor, set, type(None))
-    ):
-        return param_group  # torch accepts it or raises its own error
-    params = list(param_group["params"])
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, but is {_with_type(param_group)}")
+    name = f'param_groups[{index}]["params"]'
+    if "params" not in param_group:
+        raise ValueError(f"{name} is missing; the group has {shown([*param_group])}")
+    given = param_group["params"]
+    if isinstance(given, set):
+        return param_group  # torch says why it takes no set
+    params = [given] if isinstance(given, Tensor) else as_list(name, given)
     index_of: dict[int, int] = {}
     for i, entry in enumerate(params):
-        first = index_of.setdefault(id(entry[1] if isinstance(entry, tuple) else entry), i)
+        is_named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+        param = entry[1] if is_named else entry
+        if not isinstance(param, Tensor):
+            raise TypeError(
+                f"{name}[{i}] must be a tensor or a pair of name and tensor, but is "
+                + _with_type(entry)
+            )
+        first = index_of.setdefault(id(param), i)
         if first != i:
             raise ValueError(
                 "optimizer contains a parameter group with duplicate parameters: "
                 f"params[{first}] and params[{i}] are one tensor; list it once"
             )
     return param_group | {"params": params}
+
+
+def as_list(name: str, values: Any) -> list[Any]:
+    """What an iterable gives, as a list.
+
+    Raises:
+        TypeError: It is no iterable; the message names it.
+    """
+    try:
+        iterator = iter(values)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be an iterable of tensors, but is {_with_type(values)}"
+        ) from error
+    return list(iterator)
+
+
+def _with_type(value: object) -> str:
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def complete_new_group(param_groups: Sequence[dict[str, Any]]) -> None:
@@ -154,18 +187,18 @@ def complete_new_group(param_groups: Sequence[dict[str, Any]]) -> None:
 
     Raises:
         ValueError: An option is out of its range, or the parameters are on several devices.
-        TypeError: ``lr`` is not a number.
     """
     group = param_groups[-1]
     _check_devices(group["params"], len(param_groups) - 1)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    group["lr"] = float(lr)
-    group["initial_lr"] = float(group.get("initial_lr", lr))
+        raise ValueError(f"Tensor lr must be 1-element, but is {shown(lr)}")
+    group.setdefault("initial_lr", lr)
     group.setdefault("skipped_steps", 0)
+    group.update(Position(0, 0, 0, 1)._asdict(), scheduled_lr=0.0)
+    group.update(plain_options(group))
     move_group(group, _joining_position(group, param_groups[0]))
-    check_group(group)
+    group.update(check_group(group))
 
 
 def position_of(group: Mapping[str, Any]) -> Position:
@@ -197,9 +230,37 @@ def advance_group(group: MutableMapping[str, Any]) -> bool:
     return schedule.is_restart(position)
 
 
+def moved_group(group: Mapping[str, Any], position: Position) -> dict[str, Any]:
+    """A group as :func:`move_group` leaves it; the argument is not written.
+
+    Raises:
+        ValueError: An option is not valid.
+    """
+    moved = dict(group)
+    move_group(moved, position)
+    return moved | check_group(moved, is_on_gpu=True)
+
+
 def is_unchanged(group: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     """Whether a group holds the very objects that it held before."""
     return group.keys() == before.keys() and all(group[key] is before[key] for key in group)
+
+
+def index_of_group(param_groups: Sequence[Any], group: int) -> int:
+    """The index of a param group, counted from the front.
+
+    Args:
+        param_groups: The optimizer's.
+        group: The index as a user gives it, below zero from the end.
+
+    Raises:
+        ValueError: It is no integer.
+        IndexError: There is no such group.
+    """
+    index: int = INTEGER.plain("group", group)
+    if not -len(param_groups) <= index < len(param_groups):
+        raise IndexError(f"group={index} is none of the {len(param_groups)} param groups")
+    return index % len(param_groups)
 
 
 def drop_momentum(group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
@@ -220,9 +281,7 @@ def sync_group(group: MutableMapping[str, Any]) -> None:
     Raises:
         ValueError: An option is out of its range.
     """
-    if isinstance(group["lr"], Tensor):
-        group["lr"] = float(group["lr"])
-    check_group(group)
+    group.update(check_group(group))
     if group["lr"] == group["scheduled_lr"]:
         move_group(group, position_of(group))
 

@@ -59,7 +59,6 @@ def continue_pair(
     state: MutableMapping[Tensor, Any],
     sgd: torch.optim.SGD,
     scheduler: CosineAnnealingWarmRestarts,
-    steps_per_epoch: int,
 ) -> None:
     """Puts a new FusedSGDR where the pair is: position, LR and momentum buffers.
 
@@ -68,16 +67,15 @@ def continue_pair(
         state: The new optimizer's.
         sgd: The optimizer to continue.
         scheduler: Its scheduler.
-        steps_per_epoch: Optimizer steps in one unit of the scheduler's ``T_0``.
 
     Raises:
         ValueError: The scheduler's position is not a whole number of steps, or ``lr`` is invalid.
     """
-    position = _position_of(scheduler, steps_per_epoch)
+    position = _position_of(scheduler, param_groups[0]["steps_per_epoch"])
     for own, group in zip(param_groups, sgd.param_groups, strict=True):
         move_group(own, position)
-        own["lr"] = float(group["lr"])
-        check_group(own)
+        own["lr"] = group["lr"]
+        own.update(check_group(own))
         for param in group["params"]:
             buffer = sgd.state.get(param, {}).get("momentum_buffer")
             if buffer is not None:

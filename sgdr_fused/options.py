@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from sgdr_fused.schedule import is_finite
+from sgdr_fused.schedule import RANGES
+from sgdr_fused.values import (
+    AT_LEAST_0,
+    FINITE,
+    FLAG,
+    Range,
+    choice,
+    floats,
+    integers,
+    or_none,
+    shown,
+)
 
 __all__ = [
     "GROUP_OPTIONS",
@@ -18,11 +29,11 @@ __all__ = [
     "Backend",
     "Clipping",
     "Option",
-    "Range",
     "Support",
     "check_group_options",
-    "check_option",
     "checked_clipping",
+    "plain_option",
+    "plain_options",
 ]
 
 Backend = Literal["auto", "native", "reference"]
@@ -40,18 +51,6 @@ class Support(Enum):
     NOT_NEEDED = "not at all, and it does not need to"
 
 
-class Range(NamedTuple):
-    """The values that an option may have.
-
-    Attributes:
-        contains: Whether a value is one of them.
-        words: Their description, to follow "must be" in a message.
-    """
-
-    contains: Callable[[Any], bool]
-    words: str
-
-
 class Option(NamedTuple):
     """One option, a row of the table.
 
@@ -60,7 +59,7 @@ class Option(NamedTuple):
         default: Default of the argument, or :data:`REQUIRED`.
         pair: How the pair takes it.
         op: How ``torch.ops.sgdr_fused.fused_step_`` takes it.
-        range: Its values. None: any value counts by its truth, or CosineWarmRestarts checks it.
+        range: Its values.
         per_group: Whether each param group has a value of its own.
     """
 
@@ -68,7 +67,7 @@ class Option(NamedTuple):
     default: Any
     pair: Support
     op: Support
-    range: Range | None = None
+    range: Range
     per_group: bool = True
 
 
@@ -91,26 +90,20 @@ class Clipping(NamedTuple):
 
 _MOMENTUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_FINITE = Range(is_finite, "a finite float")
-_AT_LEAST_0 = Range(lambda value: is_finite(value) and value >= 0, "a finite float >= 0")
-# On a GPU the LR is a tensor, and reading it would synchronize.
-_LR = Range(
-    lambda value: isinstance(value, Tensor) or (is_finite(value) and value >= 0),
-    _AT_LEAST_0.words,
-)
-_NORM_OR_NONE = Range(
-    lambda value: value is None or (is_finite(value) and value > 0), "None or a finite float > 0"
-)
+_NORM = floats("a float > 0, or inf", lambda value: value > 0)
+_DECAY = floats('a float in [0, 1), or "swa"', lambda value: 0 <= value < 1)
+_SWA = choice("swa")
 _EMA_DECAY = Range(
-    lambda value: value is None or value == "swa" or (is_finite(value) and 0 <= value < 1),
-    'None, a float in [0, 1), or "swa"',
+    lambda value: _SWA.convert(value) if isinstance(value, str) else _DECAY.convert(value),
+    lambda value: value == "swa" or _DECAY.contains(value),
+    _DECAY.words,
 )
 _MOMENTUM_DTYPE = Range(
-    lambda value: value in (None, *_MOMENTUM_DTYPES),
-    f"None or one of {', '.join(map(str, _MOMENTUM_DTYPES))}",
+    lambda value: value,
+    lambda value: isinstance(value, torch.dtype) and value in _MOMENTUM_DTYPES,
+    f"one of {', '.join(map(str, _MOMENTUM_DTYPES))}",
 )
-_SEED = Range(lambda value: type(value) is int and 0 <= value < 2**64, "an int from 0 to 2**64 - 1")
-_BACKEND = Range(lambda value: value in get_args(Backend), f"one of {get_args(Backend)}")
+_SEED = integers(0, 2**64 - 1, "an integer from 0 to 2**64 - 1")
 
 _BY_NAME, _CONVERTED = Support.BY_NAME, Support.CONVERTED
 _DEFAULT_ONLY, _NOT_NEEDED = Support.DEFAULT_ONLY, Support.NOT_NEEDED
@@ -118,72 +111,118 @@ _DEFAULT_ONLY, _NOT_NEEDED = Support.DEFAULT_ONLY, Support.NOT_NEEDED
 # In the order of FusedSGDR's arguments.
 OPTIONS = (
     # name, default, pair, op, range
-    Option("lr", 1e-3, _BY_NAME, _CONVERTED, _LR),
-    Option("momentum", 0, _BY_NAME, _BY_NAME, _AT_LEAST_0),
-    Option("dampening", 0, _BY_NAME, _BY_NAME, _FINITE),
-    Option("weight_decay", 0, _BY_NAME, _BY_NAME, _AT_LEAST_0),
-    Option("nesterov", False, _BY_NAME, _BY_NAME),
-    # CosineWarmRestarts defines and checks the schedule's options, up to n_cycles.
-    Option("T_0", REQUIRED, _CONVERTED, _CONVERTED),
-    Option("T_mult", 1, _CONVERTED, _BY_NAME),
-    Option("eta_min", 0.0, _CONVERTED, _BY_NAME),
-    Option("steps_per_epoch", 1, _CONVERTED, _CONVERTED),
-    Option("anneal", "step", _CONVERTED, _CONVERTED),
+    Option("lr", 1e-3, _BY_NAME, _CONVERTED, RANGES["lr"]),
+    Option("momentum", 0, _BY_NAME, _BY_NAME, AT_LEAST_0),
+    Option("dampening", 0, _BY_NAME, _BY_NAME, FINITE),
+    Option("weight_decay", 0, _BY_NAME, _BY_NAME, AT_LEAST_0),
+    Option("nesterov", False, _BY_NAME, _BY_NAME, FLAG),
+    Option("T_0", REQUIRED, _CONVERTED, _CONVERTED, RANGES["T_0"]),
+    Option("T_mult", 1, _CONVERTED, _BY_NAME, RANGES["T_mult"]),
+    Option("eta_min", 0.0, _CONVERTED, _BY_NAME, RANGES["eta_min"]),
+    Option("steps_per_epoch", 1, _CONVERTED, _CONVERTED, RANGES["steps_per_epoch"]),
+    Option("anneal", "step", _CONVERTED, _CONVERTED, RANGES["anneal"]),
     # The pair needs no warm-up: to_pair() hands over after its end only.
-    Option("warmup_steps", 0, _NOT_NEEDED, _BY_NAME),
-    Option("warmup_start_lr", 0.0, _NOT_NEEDED, _BY_NAME),
-    Option("cycle_decay", 1.0, _DEFAULT_ONLY, _BY_NAME),
-    Option("n_cycles", None, _DEFAULT_ONLY, _BY_NAME),
-    Option("reset_momentum", False, _DEFAULT_ONLY, _BY_NAME),
-    Option("maximize", False, _BY_NAME, _BY_NAME),
-    Option("decoupled_weight_decay", False, _DEFAULT_ONLY, _BY_NAME),
-    Option("max_grad_norm", None, _DEFAULT_ONLY, _DEFAULT_ONLY, _NORM_OR_NONE, per_group=False),
-    Option("skip_nonfinite", False, _DEFAULT_ONLY, _DEFAULT_ONLY, per_group=False),
-    Option("ema_decay", None, _DEFAULT_ONLY, _DEFAULT_ONLY, _EMA_DECAY),
-    Option("momentum_dtype", None, _DEFAULT_ONLY, _DEFAULT_ONLY, _MOMENTUM_DTYPE),
-    Option("stochastic_rounding", False, _DEFAULT_ONLY, _DEFAULT_ONLY),
-    Option("master_weights", False, _DEFAULT_ONLY, _DEFAULT_ONLY),
+    Option("warmup_steps", 0, _NOT_NEEDED, _BY_NAME, RANGES["warmup_steps"]),
+    Option("warmup_start_lr", 0.0, _NOT_NEEDED, _BY_NAME, RANGES["warmup_start_lr"]),
+    Option("cycle_decay", 1.0, _DEFAULT_ONLY, _BY_NAME, RANGES["cycle_decay"]),
+    Option("n_cycles", None, _DEFAULT_ONLY, _BY_NAME, RANGES["n_cycles"]),
+    Option("reset_momentum", False, _DEFAULT_ONLY, _BY_NAME, FLAG),
+    Option("maximize", False, _BY_NAME, _BY_NAME, FLAG),
+    Option("decoupled_weight_decay", False, _DEFAULT_ONLY, _BY_NAME, FLAG),
+    Option("max_grad_norm", None, _DEFAULT_ONLY, _DEFAULT_ONLY, or_none(_NORM), per_group=False),
+    Option("skip_nonfinite", False, _DEFAULT_ONLY, _DEFAULT_ONLY, FLAG, per_group=False),
+    Option("ema_decay", None, _DEFAULT_ONLY, _DEFAULT_ONLY, or_none(_EMA_DECAY)),
+    Option("momentum_dtype", None, _DEFAULT_ONLY, _DEFAULT_ONLY, or_none(_MOMENTUM_DTYPE)),
+    Option("stochastic_rounding", False, _DEFAULT_ONLY, _DEFAULT_ONLY, FLAG),
+    Option("master_weights", False, _DEFAULT_ONLY, _DEFAULT_ONLY, FLAG),
     # Only stochastic rounding draws random numbers.
     Option("seed", 0, _NOT_NEEDED, _NOT_NEEDED, _SEED),
-    Option("backend", "auto", _NOT_NEEDED, _NOT_NEEDED, _BACKEND, per_group=False),
+    Option(
+        "backend", "auto", _NOT_NEEDED, _NOT_NEEDED, choice(*get_args(Backend)), per_group=False
+    ),
 )
 
 GROUP_OPTIONS = tuple(option for option in OPTIONS if option.per_group)
 
-_RANGES = {option.name: option.range for option in OPTIONS if option.range is not None}
-_RANGES_OF_GROUP = tuple(
-    (option.name, option.range) for option in GROUP_OPTIONS if option.range is not None
-)
+_OF_ALL_GROUPS = tuple(option for option in OPTIONS if not option.per_group)
+_RANGES = {option.name: option.range for option in OPTIONS}
 
 
-def check_option(name: str, value: object) -> None:
-    """Raises if an option is out of its range.
+def _count(least: int, words: str) -> Range:
+    return integers(least, 2**62, f"{words}; call seek() to set the schedule's position")
+
+
+# The entries that a GPU keeps, where tensors stand for them.
+_ON_GPU = {
+    "lr": RANGES["lr"],
+    "scheduled_lr": RANGES["lr"],
+    "step": _count(0, "an integer from 0 to 2**62"),
+    "cycle": _count(0, "an integer from 0 to 2**62"),
+    "T_cur": _count(-(2**53), "an integer from -2**53 to 2**62"),
+    "T_i": _count(1, "an integer from 1 to 2**62"),
+    "skipped_steps": _count(0, "an integer from 0 to 2**62"),
+}
+_ENTRIES = {
+    **_ON_GPU,
+    **{option.name: option.range for option in GROUP_OPTIONS},
+    "initial_lr": RANGES["lr"],
+}
+
+
+def plain_option(name: str, value: object) -> Any:
+    """The value of an option as a plain Python value.
 
     Args:
-        name: Name of an option that has a range in the table.
-        value: Its value.
+        name: Name of the option.
+        value: Its value; a NumPy number or a tensor of one element may stand for a number.
 
     Raises:
-        ValueError: Names the option, its value and the range.
+        ValueError: It is out of its range; the message names the option, its value and the range.
     """
-    if not _RANGES[name].contains(value):
-        raise _out_of_range(name, value)
+    return _RANGES[name].plain(name, value)
+
+
+def plain_options(group: Mapping[str, Any], is_on_gpu: bool = False) -> dict[str, Any]:
+    """The entries of a param group that are not plain Python values, as plain ones.
+
+    Args:
+        group: A param group with all its entries. It is not written.
+        is_on_gpu: Whether tensors hold the group's LR and place in the schedule, as on a GPU. They
+            stay, because reading one would synchronize.
+
+    Returns:
+        The entries to update the group with; empty if all values are plain.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+    """
+    for option in _OF_ALL_GROUPS:
+        if option.name in group:
+            raise ValueError(
+                f"a param group has {option.name}={shown(group[option.name])}, which is an option "
+                "of the whole optimizer; pass it to FusedSGDR()"
+            )
+    changes = {}
+    for name, values in _ENTRIES.items():
+        value = group[name]
+        stays = is_on_gpu and name in _ON_GPU and isinstance(value, Tensor)
+        if stays and value.device.type != "cpu" and value.numel() == 1:
+            continue
+        plain = values.plain(name, value)
+        if plain is not value and not stays:
+            changes[name] = plain
+    return changes
 
 
 def check_group_options(group: Mapping[str, Any]) -> None:
-    """Raises if an option of a param group is out of its range.
-
-    The schedule's options are left to :class:`~sgdr_fused.CosineWarmRestarts`.
+    """Raises if options of a param group exclude each other.
 
     Args:
-        group: A param group with all its options.
+        group: A param group with all its options, as plain values.
 
     Raises:
-        ValueError: Names the option, its value and the range.
+        ValueError: Names the options and their values.
     """
-    for name, (contains, _) in _RANGES_OF_GROUP:
-        if not contains(group[name]):
-            raise _out_of_range(name, group[name])
     momentum, dampening = group["momentum"], group["dampening"]
     if group["nesterov"] and (momentum == 0 or dampening != 0):
         raise ValueError(
@@ -201,12 +240,9 @@ def checked_clipping(max_grad_norm: float | None, skip_nonfinite: bool) -> Clipp
     """The two options as one value.
 
     Raises:
-        ValueError: ``max_grad_norm`` is out of its range.
+        ValueError: One is out of its range.
     """
-    check_option("max_grad_norm", max_grad_norm)
-    return Clipping(max_grad_norm, bool(skip_nonfinite))
-
-
-def _out_of_range(name: str, value: object) -> ValueError:
-    label = "learning rate" if name == "lr" else f"{name} value"  # as torch.optim.SGD says
-    return ValueError(f"Invalid {label}: {value!r}; {name} must be {_RANGES[name].words}")
+    return Clipping(
+        plain_option("max_grad_norm", max_grad_norm),
+        plain_option("skip_nonfinite", skip_nonfinite),
+    )

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sgdr_fused.groups import position_of
+from sgdr_fused.groups import index_of_group, position_of
+from sgdr_fused.values import shown
 
 __all__ = ["RestartHook"]
 
@@ -27,6 +28,8 @@ class RestartHook:
             calls their :meth:`after_restart`.
 
     Raises:
+        TypeError: The hook is not callable.
+        ValueError: ``group`` is not an integer.
         IndexError: There is no such group.
     """
 
@@ -37,13 +40,11 @@ class RestartHook:
         group: int,
         registered: list[RestartHook],
     ) -> None:
+        if not callable(hook):
+            raise TypeError(f"hook must be callable, but is {shown(hook)}")
         self._hook = hook
-        if not -len(optimizer.param_groups) <= group < len(optimizer.param_groups):
-            raise IndexError(
-                f"group={group} is none of the {len(optimizer.param_groups)} param groups"
-            )
         # An index from the front stays right when a group is added.
-        self._index = group % len(optimizer.param_groups)
+        self._index = index_of_group(optimizer.param_groups, group)
         self._optimizer = optimizer
         self._step_before: Any = None
         self._step_hooks = (

@@ -10,12 +10,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
-__all__ = ["CosineWarmRestarts", "Position", "fit_T_0"]
+from sgdr_fused.values import (
+    AT_LEAST_0,
+    LENGTH,
+    LONGEST,
+    STEP,
+    choice,
+    floats,
+    integers,
+    or_none,
+)
+
+__all__ = ["RANGES", "CosineWarmRestarts", "Position", "fit_T_0"]
 
 Anneal = Literal["step", "epoch"]
 
-# Every cycle length up to here is an exact double; a longer cycle is cut to it.
-_LONGEST_CYCLE = 2**53
+RANGES = {
+    "lr": AT_LEAST_0,
+    "T_0": LENGTH,
+    "T_mult": floats("a finite float >= 1", lambda value: 1 <= value < math.inf),
+    "eta_min": AT_LEAST_0,
+    "steps_per_epoch": LENGTH,
+    "anneal": choice(*get_args(Anneal)),
+    "warmup_steps": integers(0, LONGEST, "an integer from 0 to 2**53"),
+    "warmup_start_lr": AT_LEAST_0,
+    "cycle_decay": floats("a float from 0 to 1", lambda value: 0 <= value <= 1),
+    "n_cycles": or_none(integers(1, 2**61, "an integer from 1 to 2**61")),
+}
+"""The values of each option of :class:`CosineWarmRestarts`, whose fields are in this order."""
 
 
 class Position(NamedTuple):
@@ -84,41 +106,20 @@ class CosineWarmRestarts:
     n_cycles: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every option."""
-        if not is_finite(self.lr) or self.lr < 0:
-            raise ValueError(f"Invalid learning rate: {self.lr!r}; lr must be a finite float >= 0")
-        for name, least in (("T_0", 1), ("steps_per_epoch", 1), ("warmup_steps", 0)):
-            value = getattr(self, name)
-            if not _is_int(value) or not least <= value <= _LONGEST_CYCLE:
-                raise ValueError(
-                    f"Expected an integer {name} from {least} to 2**53, but got {name}={value!r}"
-                )
-        if self.T_0 * self.steps_per_epoch > _LONGEST_CYCLE:
+        """Check every option, and make plain Python numbers of them."""
+        for name, values in RANGES.items():
+            # The way to set a field of a frozen dataclass.
+            object.__setattr__(self, name, values.plain(name, getattr(self, name)))
+        if self.T_0 * self.steps_per_epoch > LONGEST:
             raise ValueError(
                 f"T_0={self.T_0} epochs of steps_per_epoch={self.steps_per_epoch} are more than "
                 "2**53 steps; lower one of them"
             )
-        if self.n_cycles is not None and (not _is_int(self.n_cycles) or self.n_cycles < 1):
-            raise ValueError(
-                f"Expected an integer n_cycles >= 1 or None, but got {self.n_cycles!r}"
-            )
-        if not is_finite(self.T_mult) or self.T_mult < 1:
-            raise ValueError(f"Expected a finite T_mult >= 1, but got T_mult={self.T_mult!r}")
-        if not is_finite(self.cycle_decay) or not 0 <= self.cycle_decay <= 1:
-            raise ValueError(
-                f"Expected a cycle_decay from 0 to 1, but got cycle_decay={self.cycle_decay!r}"
-            )
-        for name in ("eta_min", "warmup_start_lr"):
-            value = getattr(self, name)
-            if not is_finite(value) or value < 0:
-                raise ValueError(f"Expected a finite {name} >= 0, but got {name}={value!r}")
         if self.eta_min > self.lr:
             raise ValueError(
                 f"eta_min={self.eta_min} is above lr={self.lr}, so the LR would rise within a "
                 "cycle; lower eta_min or raise lr (each param group can have its own)"
             )
-        if self.anneal not in get_args(Anneal):
-            raise ValueError(f'Expected anneal="step" or "epoch", but got anneal={self.anneal!r}')
 
     @classmethod
     def of_group(cls, param_group: Mapping[str, Any]) -> CosineWarmRestarts:
@@ -141,24 +142,27 @@ class CosineWarmRestarts:
 
         Returns:
             Number of optimizer steps.
+
+        Raises:
+            ValueError: ``cycle`` is negative or not an integer.
         """
+        cycle = STEP.plain("cycle", cycle)
         length = float(self.T_0 * self.steps_per_epoch) * _power(self.T_mult, cycle)
-        return round(length) if length < _LONGEST_CYCLE else _LONGEST_CYCLE
+        return round(length) if length < LONGEST else LONGEST
 
     def position(self, step: int) -> Position:
         """The schedule's position after ``step`` steps without a call of ``restart()``.
 
         Args:
-            step: Number of steps applied, >= 0.
+            step: Number of steps applied, from 0 to 2**61.
 
         Returns:
             The position before the next step.
 
         Raises:
-            ValueError: ``step`` is negative or not an integer.
+            ValueError: ``step`` is out of its range or not an integer.
         """
-        if not _is_int(step) or step < 0:
-            raise ValueError(f"Expected an integer step >= 0, but got step={step!r}")
+        step = STEP.plain("step", step)
         T_cur, cycle = step - self.warmup_steps, 0
         if self.T_mult == 1 and T_cur > 0:
             cycle, T_cur = divmod(T_cur, self.cycle_length(0))
@@ -240,7 +244,11 @@ class CosineWarmRestarts:
 
         Returns:
             Step numbers in ascending order.
+
+        Raises:
+            ValueError: ``total_steps`` is negative or not an integer.
         """
+        total_steps = STEP.plain("total_steps", total_steps)
         starts = []
         cycle, start = 0, self.warmup_steps + self.cycle_length(0)
         while start < total_steps and not self.is_over(cycle + 1):
@@ -265,14 +273,15 @@ def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
         ``T_0``, in the same unit.
 
     Raises:
-        ValueError: Not even ``T_0=1`` fits.
+        ValueError: Not even ``T_0=1`` fits, or an argument is out of its range.
 
     Example:
         >>> fit_T_0(total_steps=90, n_cycles=3, T_mult=2)  # 12 + 24 + 48 = 84
         12
     """
-    if not _is_int(n_cycles) or n_cycles < 1:
-        raise ValueError(f"Expected an integer n_cycles >= 1, but got n_cycles={n_cycles!r}")
+    total_steps = LENGTH.plain("total_steps", total_steps)
+    n_cycles = LENGTH.plain("n_cycles", n_cycles)
+    T_mult = RANGES["T_mult"].plain("T_mult", T_mult)
 
     def total(T_0: int) -> int:
         schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
@@ -302,12 +311,3 @@ def _power(base: float, exponent: int) -> float:
         base *= base
         exponent >>= 1
     return result
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    """Whether a value is a finite Python number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)

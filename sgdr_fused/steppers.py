@@ -18,14 +18,14 @@ from sgdr_fused import native
 from sgdr_fused.compiled import TracedStepper, is_traceable
 from sgdr_fused.device_state import sync_group_on_device, sync_group_on_host, to_host
 from sgdr_fused.groups import check_groups
-from sgdr_fused.options import Backend, Clipping, check_option
+from sgdr_fused.options import Backend, Clipping, plain_option
 from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.shards import local_tensor, shard_axes, sum_over_shards
 from sgdr_fused.tensors import check_tensors, kinds_of_tensors
 
 __all__ = [
     "Stepper",
-    "check_backend",
+    "checked_backend",
     "new_lock",
     "new_stepper",
     "stepper_after_refusal",
@@ -72,16 +72,17 @@ class Stepper(Protocol):
         """Updates the parameter of that index over all groups; False as for :meth:`step`."""
 
 
-def check_backend(backend: Backend) -> None:
-    """Raises if a backend does not exist, or is not available.
+def checked_backend(backend: object) -> Backend:
+    """The backend, if it exists and is available.
 
     Raises:
         ValueError: There is no backend of that name.
         RuntimeError: It is ``"native"``, and there is no native extension.
     """
-    check_option("backend", backend)
-    if backend == "native" and native.extension is None:
+    checked: Backend = plain_option("backend", backend)
+    if checked == "native" and native.extension is None:
         raise RuntimeError(f'backend="native" is not available: {native.why_missing}')
+    return checked
 
 
 def new_lock() -> AbstractContextManager[Any]:

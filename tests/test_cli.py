@@ -132,12 +132,13 @@ def test_fit_without_a_rest_mentions_none(run):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["schedule", "--T-0", "0", "--epochs", "9"], "T_0=0"),
+        (["schedule", "--T-0", "0", "--epochs", "9"], "Invalid T_0 value: 0; T_0 must be"),
         (["schedule", "--T-0", "x", "--epochs", "9"], "'x'"),
-        (["schedule", "--T-0", "3", "--epochs", "0"], "epochs=0"),
+        (["schedule", "--T-0", "3", "--epochs", "0"], "Invalid epochs value: 0; epochs must be"),
+        (["schedule", "--T-0", "3", "--epochs", "9" * 400], "Invalid epochs value: 999"),
         (["schedule", "--T-0", "3"], "--epochs"),
         (["schedule", "--T-0", "3", "--epochs", "9", "--eta-min", "1"], "eta_min=1.0"),
-        (["schedule", "--T-0", "3", "--epochs", "9", "--T-mult", "nan"], "T_mult=nan"),
+        (["schedule", "--T-0", "3", "--epochs", "9", "--T-mult", "nan"], "Invalid T_mult value: nan"),
         (["schedule", "--T-0", "3", "--epochs", "9", "--anneal", "never"], "never"),
         (["fit", "--epochs", "2", "--cycles", "3"], "total_steps=2"),
         (["plan"], "plan"),

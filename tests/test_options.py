@@ -6,19 +6,22 @@ fail if one of them is forgotten.
 """
 
 import inspect
+import io
 import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from pair import give_gradients, make_params
+from pair import assert_same_state, give_gradients, make_params, same_bits
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from sgdr_fused import CosineWarmRestarts, FusedSGDR, native
+from sgdr_fused import CosineWarmRestarts, FusedSGDR, fit_T_0, native
 from sgdr_fused.compiled import is_traceable
 from sgdr_fused.options import GROUP_OPTIONS, OPTIONS, REQUIRED, Clipping, Support
 from sgdr_fused.reference import reference_step
+from sgdr_fused.schedule import RANGES
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -69,13 +72,14 @@ def test_docstring_explains_each_option():
 
 
 def test_options_of_the_schedule_are_those_of_cosine_warm_restarts():
-    """It checks them, so the table does not."""
+    """It has their ranges, too."""
+    assert [field.name for field in fields(CosineWarmRestarts)] == [*RANGES]
     for field in fields(CosineWarmRestarts):
-        if field.name == "lr":
-            continue
         row = ROWS[field.name]
         assert row.per_group
-        assert row.range is None
+        assert row.range is RANGES[field.name]
+        if field.name == "lr":
+            continue
         assert field.name == "T_0" or row.default == field.default
 
 
@@ -106,6 +110,142 @@ def test_reference_reads_each_option():
 def test_docs_mention_each_option():
     text = "\n".join(page.read_text() for page in DOCS.glob("*.md"))
     assert [name for name in ROWS if not re.search(rf"\b{name}\b", text)] == []
+
+
+# ------------------------------------------------------------------------- numbers of other kinds
+
+# Exact in float32; each option with another value than its default.
+PLAIN_VALUES = {
+    "lr": 0.5,
+    "momentum": 0.75,
+    "dampening": 0.25,
+    "weight_decay": 0.125,
+    "T_0": 3,
+    "T_mult": 2.0,
+    "eta_min": 0.0625,
+    "steps_per_epoch": 2,
+    "anneal": "epoch",
+    "warmup_steps": 2,
+    "warmup_start_lr": 0.25,
+    "cycle_decay": 0.5,
+    "n_cycles": 4,
+    "reset_momentum": True,
+    "maximize": True,
+    "decoupled_weight_decay": True,
+    "max_grad_norm": 1.0,
+    "skip_nonfinite": True,
+    "ema_decay": 0.5,
+    "stochastic_rounding": True,
+    "seed": 2**40,
+}
+KINDS = {
+    "float32": {float: np.float32, int: np.int64, bool: np.bool_, str: np.str_},
+    "float64": {float: np.float64, int: np.uint64, bool: np.bool_, str: np.str_},
+    "array": {kind: np.asarray for kind in (float, int, bool, str)},
+    "tensor": {float: torch.tensor, int: torch.tensor, bool: torch.tensor, str: str},
+    "one_element": {float: np.atleast_1d, int: lambda v: torch.tensor([v]), bool: int, str: str},
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def values_of_a_kind(request):
+    """PLAIN_VALUES as numbers of NumPy, as tensors, ..."""
+    return {name: request.param[type(value)](value) for name, value in PLAIN_VALUES.items()}
+
+
+def assert_all_plain(groups):
+    for group in groups:
+        for name, value in group.items():
+            assert type(value) in (bool, int, float, str, list, type(None)), name
+
+
+def assert_trains_alike(left, right):
+    sides = [o.param_groups[0]["params"] for o in (left, right)]
+    for step in range(12):
+        give_gradients(step, *sides)
+        left.step()
+        right.step()
+        assert_same_state(left, sides[0], right, sides[1], f"after step {step}")
+
+
+def loads_with_weights_only(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_numpy_numbers_and_tensors_are_taken_by_the_constructor(backend, values_of_a_kind):
+    optimizer = FusedSGDR(make_params([33]), **values_of_a_kind, backend=backend)
+    expected = FusedSGDR(make_params([33]), **PLAIN_VALUES, backend=backend)
+    assert_all_plain(optimizer.param_groups)
+    assert loads_with_weights_only(optimizer) == loads_with_weights_only(expected)
+    assert_trains_alike(optimizer, expected)
+
+
+def test_numpy_numbers_and_tensors_may_be_written_into_a_group(backend, values_of_a_kind):
+    """A schedule of one's own writes group["lr"] = np.interp(...); the checkpoint did not load."""
+    optimizer, expected = (FusedSGDR(make_params([33]), T_0=9, backend=backend) for _ in range(2))
+    of_group = {option.name for option in GROUP_OPTIONS} & PLAIN_VALUES.keys()
+    for written_to, values in ((optimizer, values_of_a_kind), (expected, PLAIN_VALUES)):
+        written_to.param_groups[0].update({name: values[name] for name in of_group})
+        written_to.param_groups[0]["initial_lr"] = values["lr"]
+    assert loads_with_weights_only(optimizer) == loads_with_weights_only(expected)
+    optimizer.param_groups[0].update({name: values_of_a_kind[name] for name in of_group})
+    assert_trains_alike(optimizer, expected)
+    assert_all_plain(optimizer.param_groups)
+
+
+def test_lr_scaled_by_a_numpy_number_holds_for_the_next_step(backend):
+    optimizer, expected = (make_optimizer(backend=backend) for _ in range(2))
+    optimizer.param_groups[0]["lr"] *= np.float32(0.5)
+    expected.param_groups[0]["lr"] *= 0.5
+    assert_trains_alike(optimizer, expected)
+
+
+def test_zero_as_an_integer_keeps_the_sign_of_zero(backend):
+    """The step is p + (-lr) * g, and an integer has no negative zero."""
+    optimizer = FusedSGDR(make_params([5]), lr=0, eta_min=0, n_cycles=1, T_0=3, backend=backend)
+    (param,) = optimizer.param_groups[0]["params"]
+    with torch.no_grad():
+        param.fill_(-0.0)
+    before = param.detach().clone()
+    for _ in range(6):
+        optimizer.param_groups[0]["lr"] = 0
+        param.grad = torch.ones(5)
+        optimizer.step()
+        assert same_bits(param.detach(), before)
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+def test_positions_may_be_numpy_integers(backend):
+    optimizer, expected = (make_optimizer(backend=backend) for _ in range(2))
+    calls = []
+    for o, integer in ((optimizer, np.int64), (expected, int)):
+        o.seek(integer(7))
+        o.register_restart_hook(lambda o: calls.append(o.cycle), group=integer(0))
+        o.restart(group=integer(0))
+    assert calls == [2, 2]
+    assert_all_plain(optimizer.param_groups)
+    assert_trains_alike(optimizer, expected)
+
+
+def test_schedule_takes_numpy_numbers():
+    schedule = CosineWarmRestarts(lr=np.float32(0.5), T_0=np.int64(3), T_mult=np.int32(2))
+    assert schedule == CosineWarmRestarts(lr=0.5, T_0=3, T_mult=2)
+    assert type(schedule.T_0) is int
+    assert type(schedule.lr) is float
+    assert all(type(value) is int for value in schedule.position(np.int64(5)))
+    assert schedule.restarts(np.int64(10)) == [3, 9]
+    assert fit_T_0(np.int64(90), np.int64(3), np.float32(2)) == 12
+
+
+def test_group_may_have_entries_of_the_user(backend):
+    """They are not touched, whatever they are."""
+    note = np.float32(0.5)
+    optimizer = FusedSGDR([{"params": make_params([3]), "note": note}], T_0=3, backend=backend)
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["note"] is note
 
 
 # -------------------------------------------------------------------------------- the pair's side

@@ -15,6 +15,7 @@ from sgdr_fused.cli.phases import phases_of
 from sgdr_fused.cli.plot import plot_schedule
 from sgdr_fused.cli.text_plot import bold, curve, cyan, plain, table
 from sgdr_fused.schedule import CosineWarmRestarts, fit_T_0
+from sgdr_fused.values import LENGTH
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,8 +60,7 @@ def _show_fit(args: argparse.Namespace) -> None:
 def _report(
     schedule: CosineWarmRestarts, args: argparse.Namespace, more: dict[str, Any], head: list[str]
 ) -> None:
-    if args.epochs < 1:
-        raise ValueError(f"Expected epochs >= 1, but got epochs={args.epochs}")
+    LENGTH.plain("epochs", args.epochs)
     total_steps = args.epochs * schedule.steps_per_epoch
     if args.plot:
         _save_picture(schedule, total_steps, args.plot)

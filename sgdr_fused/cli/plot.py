@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sgdr_fused.cli.phases import steps_to_draw
 from sgdr_fused.schedule import CosineWarmRestarts
+from sgdr_fused.values import LENGTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +39,7 @@ def plot_schedule(schedule: CosineWarmRestarts, total_steps: int, ax: Axes | Non
         >>> schedule = CosineWarmRestarts(lr=0.1, T_0=10, T_mult=2)
         >>> ax = plot_schedule(schedule, total_steps=70)
     """
-    if not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"Expected an integer total_steps >= 1, but got {total_steps!r}")
+    total_steps = LENGTH.plain("total_steps", total_steps)
     if ax is None:
         from matplotlib import pyplot
 

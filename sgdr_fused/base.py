@@ -16,22 +16,26 @@ from sgdr_fused.checkpoint import CheckpointCall
 from sgdr_fused.compiled import guard_identity, step_groups
 from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
-from sgdr_fused.groups import complete_new_group, with_unique_params
+from sgdr_fused.groups import as_list, complete_new_group, listed
 from sgdr_fused.native import is_profiling
-from sgdr_fused.options import Backend, Clipping
+from sgdr_fused.options import Backend, Clipping, plain_options
 from sgdr_fused.schedule import Position
 from sgdr_fused.shards import find_flat_shard
-from sgdr_fused.state_dict import adopted, saved_by_param, with_host_values
+from sgdr_fused.state_dict import adopted, clipping_in, fitted, saved_by_param, with_host_values
 from sgdr_fused.steppers import (
-    check_backend,
+    checked_backend,
     new_lock,
     new_stepper,
     stepper_after_refusal,
     traced_stepper,
 )
 from sgdr_fused.tensors import refuse_norm_of_flat_shards
+from sgdr_fused.values import shown
 
 __all__ = ["SteppedOptimizer"]
+
+# The attributes that load_state_dict() sets.
+_LOADED = ("state", "param_groups", "_clipping", "_stepper", "_cycle_end")
 
 
 class SteppedOptimizer(Optimizer):
@@ -55,13 +59,15 @@ class SteppedOptimizer(Optimizer):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], clipping: Clipping, backend: Backend
     ) -> None:
-        check_backend(backend)
-        self.backend = backend
+        self.backend = checked_backend(backend)
         self._clipping = clipping
         # Whatever changes groups, state or stepper holds it, and so does a step.
         self._lock = new_lock()
-        self._stepper = new_stepper(backend, clipping, self._lock)
-        super().__init__(params, defaults)
+        self._stepper = new_stepper(self.backend, clipping, self._lock)
+        # torch explains why it takes no single tensor.
+        super().__init__(
+            params if isinstance(params, Tensor) else as_list("params", params), defaults
+        )
         self._cycle_end = CycleEnd(self.param_groups[0])
 
     # ------------------------------------------------------------------------------------------
@@ -251,28 +257,35 @@ class SteppedOptimizer(Optimizer):
             param_group: ``params``, and the options that differ from the defaults.
 
         Raises:
-            ValueError: An option is out of its range, a parameter is listed twice, or the
-                parameters are on several devices.
+            ValueError: An option is out of its range, a parameter is listed twice or missing, or
+                the parameters are on several devices.
+            TypeError: The group or its parameters have a wrong type. After any error the optimizer
+                is as it was.
         """
         with self._lock:
-            super().add_param_group(with_unique_params(param_group))
+            n_groups = len(self.param_groups)
             try:
+                super().add_param_group(listed(param_group, n_groups))
                 complete_new_group(self.param_groups)
                 refuse_norm_of_flat_shards(self.param_groups, self._clipping)
                 self._sync()
             except BaseException:
-                self.param_groups.pop()
+                del self.param_groups[n_groups:]
                 raise
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, which can be loaded on any device.
 
         Returns:
-            A state_dict like that of any torch optimizer; its ``param_groups`` contain the
-            schedule's position.
+            A state_dict like that of any torch optimizer; each of its ``param_groups`` contains the
+            schedule's position and the options of the whole optimizer.
+
+        Raises:
+            ValueError: An option is out of its range.
         """
         checkpoint_call = CheckpointCall.current()
         with self._lock:
+            self._make_plain()
             if checkpoint_call is not None:
                 checkpoint_call.add_missing_keys(self.param_groups, self.state)
             packed = super().state_dict()
@@ -282,31 +295,56 @@ class SteppedOptimizer(Optimizer):
                 packed["state"] = checkpoint_call.with_placeholders(
                     self.param_groups, packed["state"]
                 )
+            # In the groups, because torch.distributed.checkpoint keeps nothing beside them.
+            for group in packed["param_groups"]:
+                group.update(self._clipping._asdict())
             return packed
+
+    def _make_plain(self) -> None:
+        """Puts plain Python values into the groups on the host, as a step would."""
+        if not self._is_on_device():
+            changes = [plain_options(group) for group in self.param_groups]
+            for group, plain in zip(self.param_groups, changes, strict=True):
+                group.update(plain)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from :meth:`state_dict`, or that of a ``torch.optim.SGD``.
 
+        If both have parameter names, each group's state is matched by name, otherwise by position.
+        The optimizer keeps its own names.
+
         Args:
             state_dict: Its tensors are copied. An SGD's has no schedule, so the schedule stays
-                where it is.
+                where it is; ``max_grad_norm`` and ``skip_nonfinite`` too.
 
         Raises:
-            ValueError: It does not fit, or an option in it is out of its range; the optimizer is
-                as it was.
+            ValueError: It does not fit, is another optimizer's, or an option in it is out of its
+                range.
+            TypeError: It is no state_dict. After any error the optimizer is as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"state_dict must be a dict, but is {shown(state_dict)}; pass what state_dict() "
+                "has returned"
+            )
 
-        def note_saved_state(_: Optimizer, final_state_dict: dict[str, Any]) -> None:
-            self._saved_state = saved_by_param(self.param_groups, final_state_dict)
+        def fit(_: Optimizer, final_state_dict: dict[str, Any]) -> dict[str, Any]:
+            fitting = fitted(self.param_groups, final_state_dict)
+            self._saved_state = saved_by_param(self.param_groups, fitting)
+            return fitting
 
-        # Registered last, it sees the state_dict as the user's own hooks have changed it.
-        hook = self.register_load_state_dict_pre_hook(note_saved_state)
-        try:
-            with self._lock:
-                super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._saved_state = {}
+        with self._lock:
+            before = {name: self.__dict__[name] for name in _LOADED}
+            # Registered last, it sees the state_dict as the user's own hooks have changed it.
+            hook = self.register_load_state_dict_pre_hook(fit)
+            try:
+                super().load_state_dict(dict(state_dict))
+            except BaseException:
+                self.__dict__.update(before)
+                raise
+            finally:
+                hook.remove()
+                self._saved_state = {}
 
     def _is_on_device(self) -> bool:
         return any(isinstance(group["step"], Tensor) for group in self.param_groups)
@@ -332,10 +370,18 @@ class SteppedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, from pickle or ``load_state_dict``; an error changes nothing."""
         if "param_groups" in self.__dict__:
+            clipping = clipping_in(state["param_groups"], self._clipping)
+            self._check_clipping(clipping)
             state = adopted(self.param_groups, state, self._saved_state)
+            self._clipping = clipping
         else:
             self._lock = new_lock()
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)
+        try:
+            super().__setstate__(state)
+        finally:
+            self.defaults.pop("differentiable", None)
         self._stepper = new_stepper(self.backend, self._clipping, self._lock)
         self._begin()
+
+    def _check_clipping(self, clipping: Clipping) -> None:
+        """Raises if the optimizer's state does not allow these options."""

@@ -14,10 +14,10 @@ from torch.optim.optimizer import ParamsT
 from sgdr_fused import ema, interop
 from sgdr_fused.base import SteppedOptimizer
 from sgdr_fused.device_state import restart_group
-from sgdr_fused.groups import move_group, position_of
+from sgdr_fused.groups import index_of_group, moved_group, position_of
 from sgdr_fused.in_backward import StepInBackward
 from sgdr_fused.in_backward_checks import refuse_clipping
-from sgdr_fused.options import GROUP_OPTIONS, Backend, checked_clipping
+from sgdr_fused.options import GROUP_OPTIONS, Backend, Clipping, checked_clipping
 from sgdr_fused.restart_hook import RestartHook
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts
 
@@ -63,8 +63,8 @@ class FusedSGDR(SteppedOptimizer):
         decoupled_weight_decay: Multiply the parameter by ``1 - lr * weight_decay`` instead (SGDW).
         max_grad_norm: Scale the gradients down to at most this norm, as
             :func:`torch.nn.utils.clip_grad_norm_` over the parameters of all groups; the gradients
-            themselves are not written. For DTensor shards the norm is over all ranks. FSDP1's
-            shards do not tell their ranks: an error.
+            themselves are not written. Infinity only measures :attr:`grad_norm`. For DTensor shards
+            the norm is over all ranks. FSDP1's shards do not tell their ranks: an error.
         skip_nonfinite: Skip a step whose gradients hold an infinity or NaN: nothing changes, the
             schedule included, except :attr:`skipped_steps`.
         ema_decay: Keep an average of each parameter,
@@ -199,9 +199,12 @@ class FusedSGDR(SteppedOptimizer):
 
     def _change_clipping(self, max_grad_norm: float | None, skip_nonfinite: bool) -> None:
         clipping = checked_clipping(max_grad_norm, skip_nonfinite)
+        self._check_clipping(clipping)
+        self._set_clipping(clipping)
+
+    def _check_clipping(self, clipping: Clipping) -> None:
         if self._in_backward is not None and self._in_backward.is_active:
             refuse_clipping(clipping)
-        self._set_clipping(clipping)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -282,9 +285,13 @@ class FusedSGDR(SteppedOptimizer):
             group: Index of the param group; None: all of them.
 
         Raises:
-            ValueError: The group has no further cycle, because of ``n_cycles``.
+            ValueError: The group has no further cycle, because of ``n_cycles``, or ``group`` is not
+                an integer.
+            IndexError: There is no such group.
         """
-        groups = self.param_groups if group is None else [self.param_groups[group]]
+        groups = self.param_groups
+        if group is not None:
+            groups = [groups[index_of_group(groups, group)]]
         with self._lock:
             self._sync()  # an invalid option is an error before anything moves
             starts = [CosineWarmRestarts.of_group(g).restart(position_of(g)) for g in groups]
@@ -313,6 +320,8 @@ class FusedSGDR(SteppedOptimizer):
             in torch.
 
         Raises:
+            TypeError: ``hook`` is not callable.
+            ValueError: ``group`` is not an integer.
             IndexError: There is no such group.
 
         Example:
@@ -328,17 +337,20 @@ class FusedSGDR(SteppedOptimizer):
         Momentum stays as it is.
 
         Args:
-            step: Number of applied steps, >= 0. Earlier ``restart()`` calls have no effect on the
-                schedule's position at that step.
+            step: Number of applied steps, from 0 to 2**61. Earlier ``restart()`` calls have no
+                effect on the schedule's position at that step.
 
         Raises:
-            ValueError: ``step`` is negative or not an integer.
+            ValueError: ``step`` is out of its range or not an integer.
         """
         with self._lock:
             self._sync()
-            positions = [CosineWarmRestarts.of_group(g).position(step) for g in self.param_groups]
-            for group, position in zip(self.param_groups, positions, strict=True):
-                move_group(group, position)
+            moved = [
+                moved_group(group, CosineWarmRestarts.of_group(group).position(step))
+                for group in self.param_groups
+            ]
+            for group, entries in zip(self.param_groups, moved, strict=True):
+                group.update(entries)
             self._begin()
 
     # ---------------------------------------------------------------------------------------
@@ -378,16 +390,11 @@ class FusedSGDR(SteppedOptimizer):
         optimizer = cls(
             groups, **schedule, steps_per_epoch=steps_per_epoch, anneal=anneal, backend=backend
         )
-        optimizer._continue_pair(sgd, scheduler, steps_per_epoch)
+        optimizer._continue_pair(sgd, scheduler)
         return optimizer
 
-    def _continue_pair(
-        self,
-        sgd: torch.optim.SGD,
-        scheduler: CosineAnnealingWarmRestarts,
-        steps_per_epoch: int,
-    ) -> None:
-        interop.continue_pair(self.param_groups, self.state, sgd, scheduler, steps_per_epoch)
+    def _continue_pair(self, sgd: torch.optim.SGD, scheduler: CosineAnnealingWarmRestarts) -> None:
+        interop.continue_pair(self.param_groups, self.state, sgd, scheduler)
         self._begin()
 
     def to_pair(self) -> tuple[torch.optim.SGD, CosineAnnealingWarmRestarts]:

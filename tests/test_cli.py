@@ -138,7 +138,10 @@ def test_fit_without_a_rest_mentions_none(run):
         (["schedule", "--T-0", "3", "--epochs", "9" * 400], "Invalid epochs value: 999"),
         (["schedule", "--T-0", "3"], "--epochs"),
         (["schedule", "--T-0", "3", "--epochs", "9", "--eta-min", "1"], "eta_min=1.0"),
-        (["schedule", "--T-0", "3", "--epochs", "9", "--T-mult", "nan"], "Invalid T_mult value: nan"),
+        (
+            ["schedule", "--T-0", "3", "--epochs", "9", "--T-mult", "nan"],
+            "Invalid T_mult value: nan",
+        ),
         (["schedule", "--T-0", "3", "--epochs", "9", "--anneal", "never"], "never"),
         (["fit", "--epochs", "2", "--cycles", "3"], "total_steps=2"),
         (["plan"], "plan"),

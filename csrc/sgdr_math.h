@@ -56,9 +56,12 @@ SGDR_HD double power(double base, int64_t exponent) {
 }
 
 // Exact for an integer T_mult: the products are integers below 2^53. A longer cycle never ends.
+// Cycles stop growing at some point, so that schedule.py can sum up their lengths in bounded time.
 SGDR_HD int64_t cycle_length(const Schedule& schedule, int64_t cycle) {
   constexpr double kLongest = 9007199254740992.0;
-  const double length = static_cast<double>(schedule.T_0) * power(schedule.T_mult, cycle);
+  constexpr int64_t kLastGrowing = 10000;
+  const double growth = power(schedule.T_mult, cycle < kLastGrowing ? cycle : kLastGrowing);
+  const double length = static_cast<double>(schedule.T_0) * growth;
   return static_cast<int64_t>(length < kLongest ? rint(length) : kLongest);
 }
 

@@ -6,8 +6,10 @@ The native backends advance the same schedule step by step, and are tested again
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 from sgdr_fused.values import (
@@ -38,6 +40,12 @@ RANGES = {
     "n_cycles": or_none(integers(1, 2**61, "an integer from 1 to 2**61")),
 }
 """The values of each option of :class:`CosineWarmRestarts`, whose fields are in this order."""
+# Cycles grow up to this one, the later ones are as long. Each length is rounded to whole steps, so
+# that no formula gives the start of a cycle: it is a sum, which this keeps short. A T_mult of 1.004
+# and more reaches the longest cycle before.
+_LAST_GROWING_CYCLE = 10_000
+# restarts() makes no longer list.
+_MOST_RESTARTS = 10**6
 
 
 class Position(NamedTuple):
@@ -62,7 +70,8 @@ class CosineWarmRestarts:
     end.
 
     Cycle :math:`i` lasts :math:`T_i = \mathrm{round}(T_0 \cdot \mathtt{steps\_per\_epoch} \cdot
-    T_\mathrm{mult}^i)` steps, in which
+    T_\mathrm{mult}^i)` steps (cycles grow up to number 10,000 and to :math:`2^{53}` steps), in
+    which
 
     .. math::
         \eta = \eta_{min} + (\mathtt{lr} - \eta_{min}) \cdot \mathtt{cycle\_decay}^i \cdot
@@ -147,8 +156,27 @@ class CosineWarmRestarts:
             ValueError: ``cycle`` is negative or not an integer.
         """
         cycle = STEP.plain("cycle", cycle)
-        length = float(self.T_0 * self.steps_per_epoch) * _power(self.T_mult, cycle)
-        return round(length) if length < LONGEST else LONGEST
+        return _cycle_length(self.T_0 * self.steps_per_epoch, self.T_mult, cycle)
+
+    def cycle_start(self, cycle: int) -> int:
+        """Number of steps before a cycle, the warm-up's among them, without calls of ``restart()``.
+
+        Args:
+            cycle: Index of the cycle, from 0.
+
+        Returns:
+            The step at which the cycle begins.
+
+        Raises:
+            ValueError: ``cycle`` is negative or not an integer.
+        """
+        cycle = STEP.plain("cycle", cycle)
+        if cycle == 0:
+            return self.warmup_steps
+        starts = _starts(self.T_0 * self.steps_per_epoch, self.T_mult)
+        last = min(cycle, len(starts) - 1)
+        alike = (cycle - last) * self.cycle_length(last)
+        return self.warmup_steps + starts[last] + alike
 
     def position(self, step: int) -> Position:
         """The schedule's position after ``step`` steps without a call of ``restart()``.
@@ -163,16 +191,21 @@ class CosineWarmRestarts:
             ValueError: ``step`` is out of its range or not an integer.
         """
         step = STEP.plain("step", step)
-        T_cur, cycle = step - self.warmup_steps, 0
-        if self.T_mult == 1 and T_cur > 0:
-            cycle, T_cur = divmod(T_cur, self.cycle_length(0))
-            if self.n_cycles is not None and cycle > self.n_cycles:
-                T_cur += (cycle - self.n_cycles) * self.cycle_length(0)
-                cycle = self.n_cycles
-        while T_cur >= self.cycle_length(cycle) and not self.is_over(cycle):
-            T_cur -= self.cycle_length(cycle)
-            cycle += 1
-        return Position(step, cycle, T_cur, self.cycle_length(cycle))
+        cycle = self._cycle_at(step)
+        if self.n_cycles is not None:
+            cycle = min(cycle, self.n_cycles)
+        return Position(step, cycle, step - self.cycle_start(cycle), self.cycle_length(cycle))
+
+    def _cycle_at(self, step: int) -> int:
+        """The cycle of a step, as if there were no ``n_cycles``."""
+        done = step - self.warmup_steps
+        if done < self.cycle_length(0):
+            return 0
+        starts = _starts(self.T_0 * self.steps_per_epoch, self.T_mult)
+        cycle = bisect_right(starts, done) - 1
+        if cycle == len(starts) - 1:
+            cycle += (done - starts[cycle]) // self.cycle_length(cycle)
+        return cycle
 
     def advance(self, position: Position) -> Position:
         """The position one step later."""
@@ -246,16 +279,18 @@ class CosineWarmRestarts:
             Step numbers in ascending order.
 
         Raises:
-            ValueError: ``total_steps`` is negative or not an integer.
+            ValueError: ``total_steps`` is negative or not an integer, or has more than a million.
         """
         total_steps = STEP.plain("total_steps", total_steps)
-        starts = []
-        cycle, start = 0, self.warmup_steps + self.cycle_length(0)
-        while start < total_steps and not self.is_over(cycle + 1):
-            starts.append(start)
-            cycle += 1
-            start += self.cycle_length(cycle)
-        return starts
+        cycles = self._cycle_at(total_steps - 1)
+        if self.n_cycles is not None:
+            cycles = min(cycles, self.n_cycles - 1)
+        if cycles > _MOST_RESTARTS:
+            raise ValueError(
+                f"total_steps={total_steps} has {cycles} restarts, too many for a list; ask for "
+                "cycle_start(cycle) or position(step) instead"
+            )
+        return [self.cycle_start(cycle) for cycle in range(1, cycles + 1)]
 
 
 def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
@@ -283,16 +318,19 @@ def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
     n_cycles = LENGTH.plain("n_cycles", n_cycles)
     T_mult = RANGES["T_mult"].plain("T_mult", T_mult)
 
+    growths = [_power(T_mult, i) for i in range(min(n_cycles, _LAST_GROWING_CYCLE + 1))]
+
     def total(T_0: int) -> int:
-        schedule = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
-        return sum(schedule.cycle_length(cycle) for cycle in range(n_cycles))
+        lengths = [_in_steps(T_0 * growth) for growth in growths]
+        return sum(lengths) + (n_cycles - len(lengths)) * lengths[-1]
 
     if total_steps < total(1):
         raise ValueError(
             f"total_steps={total_steps} is too short for n_cycles={n_cycles} with T_mult={T_mult}: "
             f"T_0=1 takes {total(1)}; lower n_cycles or T_mult"
         )
-    fits, too_long = 1, total_steps + 1
+    # No cycle is shorter than the first.
+    fits, too_long = 1, min(total_steps // n_cycles, LONGEST) + 1
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
         if total(middle) <= total_steps:
@@ -300,6 +338,32 @@ def fit_T_0(total_steps: int, n_cycles: int, T_mult: float = 1) -> int:
         else:
             too_long = middle
     return fits
+
+
+def _cycle_length(first: int, T_mult: float, cycle: int) -> int:
+    return _in_steps(float(first) * _power(T_mult, min(cycle, _LAST_GROWING_CYCLE)))
+
+
+def _in_steps(length: float) -> int:
+    return round(length) if length < LONGEST else LONGEST
+
+
+@lru_cache(maxsize=16)
+def _starts(first: int, T_mult: float) -> Sequence[int]:
+    """Where cycles start, counted from the end of the warm-up; the last and all later are alike.
+
+    Args:
+        first: Length of the first cycle in steps.
+        T_mult: Factor by which each cycle is longer than the one before.
+    """
+    starts = [0]
+    last = 0 if T_mult == 1 else _LAST_GROWING_CYCLE
+    while len(starts) <= last:
+        length = _cycle_length(first, T_mult, len(starts) - 1)
+        if length == LONGEST:
+            break
+        starts.append(starts[-1] + length)
+    return starts
 
 
 def _power(base: float, exponent: int) -> float:

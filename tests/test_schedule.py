@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+import sgdr_fused
 from sgdr_fused import CosineWarmRestarts, FusedSGDR, Position, fit_T_0, native
 
 RATE = st.floats(0, 10, allow_subnormal=False)
@@ -70,9 +71,7 @@ def test_plain_python_advances_as_its_closed_form(schedule):
 def test_seek_to_any_step_follows_the_closed_form(schedule, start):
     if native.extension is None:
         pytest.skip(native.why_missing)
-    # The closed form walks over cycles that are not all alike.
     optimizer = running(schedule, "native")
-    start = start % 3000 if schedule.T_mult < 1.1 else start
     optimizer.seek(start)
     for step in range(start, start + 20):
         assert position_of(optimizer.param_groups[0]) == schedule.position(step)
@@ -261,6 +260,96 @@ def test_schedule_stays_at_eta_min_after_its_last_cycle():
 def test_cycle_lengths_of_a_real_T_mult_are_rounded():
     schedule = CosineWarmRestarts(lr=1.0, T_0=10, T_mult=1.5)
     assert [schedule.cycle_length(i) for i in range(5)] == [10, 15, 22, 34, 51]
+
+
+# -------------------------------------------------------------------------------------- many cycles
+
+# From one cycle that never grows, over growth that is lost in rounding, to few cycles.
+GROWTHS = [1, 1 + 2**-52, 1.0000001, 1.0001, 1.01, 1.5, 2, 1e300]
+
+
+@pytest.fixture
+def count_powers(monkeypatch):
+    """Counts the powers of T_mult that the closed form computes; one is needed for each length."""
+    calls = []
+    power = sgdr_fused.schedule._power
+
+    def counted(base, exponent):
+        calls.append(exponent)
+        assert len(calls) <= 25_000, "the time grows with the number of cycles"
+        return power(base, exponent)
+
+    monkeypatch.setattr(sgdr_fused.schedule, "_power", counted)
+    return calls
+
+
+@pytest.mark.parametrize("T_mult", GROWTHS)
+@pytest.mark.parametrize("step", [10**6, 2**40, 2**62])
+def test_seek_to_a_huge_step_does_not_walk_over_cycles(T_mult, step, backend, count_powers):
+    """seek(10**6) took 9.6 s with a T_mult close to 1, and seek(2**40) did not end."""
+    optimizer = running(CosineWarmRestarts(lr=1.0, T_0=1, T_mult=T_mult), backend)
+    optimizer.seek(step)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.5})
+    group, added = optimizer.param_groups
+    assert group["step"] == step
+    assert 0 <= group["T_cur"] < group["T_i"]
+    assert position_of(added) == position_of(group)
+    count_powers.clear()
+    CosineWarmRestarts(lr=1.0, T_0=1, T_mult=T_mult).lr_at(step - 1)
+    assert len(count_powers) < 10, "once the starts are known, a look-up is enough"
+
+
+@pytest.mark.parametrize("T_mult", [1 + 2**-52, 1.0001, 1.0003])
+def test_position_is_the_sum_of_all_cycles_before_it(T_mult):
+    schedule = CosineWarmRestarts(lr=1.0, T_0=1, T_mult=T_mult, warmup_steps=3)
+    position = schedule.position(0)
+    for step in range(1, 30_000):
+        position = schedule.advance(position)
+        assert position == schedule.position(step)
+    assert position.cycle > 3000
+
+
+@pytest.mark.parametrize("T_mult", [1.0001, 1.0003])
+@pytest.mark.parametrize("cycle", [9999, 10_000, 10_001])
+def test_both_backends_stop_growing_cycles_at_the_same_one(backend, T_mult, cycle):
+    """Cycle 10,000 is the last that is longer than the one before."""
+    schedule = CosineWarmRestarts(lr=1.0, T_0=10**6, T_mult=T_mult)
+    assert schedule.cycle_length(9999) < schedule.cycle_length(10_000)
+    assert schedule.cycle_length(10_000) == schedule.cycle_length(10**15)
+    optimizer = running(schedule, backend)
+    start = schedule.cycle_start(cycle)
+    optimizer.seek(start - 2)
+    for step in range(start - 2, start + 3):
+        assert position_of(optimizer.param_groups[0]) == schedule.position(step)
+        assert optimizer.get_last_lr() == [schedule.lr_at(step)]
+        optimizer.step()
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedule=SCHEDULES, cycle=st.integers(0, 300))
+def test_cycle_start_is_where_the_cycle_begins(schedule, cycle):
+    start = schedule.cycle_start(cycle)
+    assert start == schedule.warmup_steps + sum(map(schedule.cycle_length, range(cycle)))
+    if not schedule.is_over(cycle):
+        assert schedule.position(start) == (start, cycle, 0, schedule.cycle_length(cycle))
+
+
+def test_restarts_lists_no_more_than_a_million():
+    schedule = CosineWarmRestarts(lr=1.0, T_0=1)
+    assert len(schedule.restarts(1000)) == 999
+    with pytest.raises(ValueError, match=r"total_steps=3000000 has 2999999 restarts.*cycle_start"):
+        schedule.restarts(3 * 10**6)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "n_cycles", "T_mult", "T_0"),
+    [(10**15, 10**9, 1, 10**6), (2**62, 10**9, 1.0000001, 4607076660), (10**9, 3, 2, 142857142)],
+)
+def test_fit_T_0_does_not_walk_over_cycles(total_steps, n_cycles, T_mult, T_0, count_powers):
+    assert fit_T_0(total_steps, n_cycles, T_mult) == T_0
+    assert len(count_powers) <= 10_001
+    fitted = CosineWarmRestarts(lr=1.0, T_0=T_0, T_mult=T_mult)
+    assert fitted.cycle_start(n_cycles) <= total_steps
 
 
 # ------------------------------------------------------------------------------------------ budgets

@@ -45,12 +45,13 @@ def _show_schedule(args: argparse.Namespace) -> None:
 def _show_fit(args: argparse.Namespace) -> None:
     T_0 = fit_T_0(args.epochs, args.cycles, args.T_mult)
     schedule = CosineWarmRestarts(lr=args.lr, T_0=T_0, T_mult=args.T_mult, n_cycles=args.cycles)
-    lengths = [schedule.cycle_length(cycle) for cycle in range(args.cycles)]
-    used, cycles = sum(lengths), "1 cycle" if args.cycles == 1 else f"{args.cycles} cycles"
+    used = schedule.cycle_start(args.cycles)
+    starts = [0, *schedule.restarts(used)]  # an error if there are too many to list
+    lengths = [schedule.cycle_length(cycle) for cycle in range(len(starts))]
+    cycles = "1 cycle" if args.cycles == 1 else f"{args.cycles} cycles"
     answer = f"T_0={T_0}: {cycles} in {used} of {args.epochs} epochs"
     if used < args.epochs:
-        longer = replace(schedule, T_0=T_0 + 1)
-        needed = sum(longer.cycle_length(cycle) for cycle in range(args.cycles))
+        needed = replace(schedule, T_0=T_0 + 1).cycle_start(args.cycles)
         answer += f"; {args.epochs - used} left over, T_0={T_0 + 1} would need {needed}"
     fitted = {"T_0": T_0, "cycle_lengths": lengths, "epochs_used": used}
     args.epochs = used

@@ -1,4 +1,7 @@
-"""Conversion from and to the pair of torch.optim.SGD and CosineAnnealingWarmRestarts."""
+"""Conversion from and to the pair of torch.optim.SGD and CosineAnnealingWarmRestarts.
+
+The scheduler may also be a SequentialLR of a LinearLR, as warm-up, and that scheduler.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LinearLR, SequentialLR
 
 from sgdr_fused.groups import check_group, move_group, position_of
 from sgdr_fused.options import GROUP_OPTIONS, Clipping, Support
@@ -22,13 +25,16 @@ _OF_SCHEDULER = tuple(option.name for option in GROUP_OPTIONS if option.pair is 
 
 
 def arguments_of_pair(
-    sgd: torch.optim.SGD, scheduler: CosineAnnealingWarmRestarts
+    sgd: torch.optim.SGD,
+    scheduler: CosineAnnealingWarmRestarts | SequentialLR,
+    steps_per_epoch: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The pair's param groups and schedule, as arguments of FusedSGDR.
 
     Args:
         sgd: The optimizer.
         scheduler: Its scheduler.
+        steps_per_epoch: Optimizer steps in one unit of the scheduler's ``T_0``.
 
     Raises:
         TypeError: The two are not such a pair.
@@ -36,11 +42,7 @@ def arguments_of_pair(
     """
     if type(sgd) is not torch.optim.SGD:
         raise TypeError(f"Expected sgd to be a torch.optim.SGD, but got {type(sgd).__name__}")
-    if type(scheduler) is not CosineAnnealingWarmRestarts:
-        raise TypeError(
-            "Expected scheduler to be a CosineAnnealingWarmRestarts, "
-            f"but got {type(scheduler).__name__}"
-        )
+    warmup, cosine = _warmup_and_cosine(scheduler)
     if scheduler.optimizer is not sgd:
         raise ValueError("the scheduler belongs to another optimizer; pass the one it was made for")
     if any(group["differentiable"] for group in sgd.param_groups):
@@ -48,9 +50,13 @@ def arguments_of_pair(
     names = ("params", "param_names", *_SHARED)
     groups = [
         {name: group[name] for name in names if name in group} | {"initial_lr": float(base_lr)}
-        for group, base_lr in zip(sgd.param_groups, scheduler.base_lrs, strict=True)
+        for group, base_lr in zip(sgd.param_groups, cosine.base_lrs, strict=True)
     ]
-    schedule = {name: getattr(scheduler, name) for name in ("T_0", "T_mult", "eta_min")}
+    schedule = {name: getattr(cosine, name) for name in ("T_0", "T_mult", "eta_min")}
+    if warmup is not None:
+        schedule["warmup_steps"] = warmup.total_iters * steps_per_epoch
+        for group in groups:
+            group["warmup_start_lr"] = group["initial_lr"] * warmup.start_factor
     return groups, schedule
 
 
@@ -58,7 +64,7 @@ def continue_pair(
     param_groups: Sequence[MutableMapping[str, Any]],
     state: MutableMapping[Tensor, Any],
     sgd: torch.optim.SGD,
-    scheduler: CosineAnnealingWarmRestarts,
+    scheduler: CosineAnnealingWarmRestarts | SequentialLR,
 ) -> None:
     """Puts a new FusedSGDR where the pair is: position, LR and momentum buffers.
 
@@ -69,7 +75,7 @@ def continue_pair(
         scheduler: Its scheduler.
 
     Raises:
-        ValueError: The scheduler's position is not a whole number of steps, or ``lr`` is invalid.
+        ValueError: The scheduler's position has no counterpart, or ``lr`` is invalid.
     """
     position = _position_of(scheduler, param_groups[0]["steps_per_epoch"])
     for own, group in zip(param_groups, sgd.param_groups, strict=True):
@@ -82,22 +88,68 @@ def continue_pair(
                 state[param]["momentum_buffer"] = buffer
 
 
-def _position_of(scheduler: CosineAnnealingWarmRestarts, steps_per_epoch: int) -> Position:
-    T_cur = scheduler.T_cur * steps_per_epoch
+def _warmup_and_cosine(
+    scheduler: CosineAnnealingWarmRestarts | SequentialLR,
+) -> tuple[LinearLR | None, CosineAnnealingWarmRestarts]:
+    """The parts of a scheduler, checked."""
+    if type(scheduler) is CosineAnnealingWarmRestarts:
+        return None, scheduler
+    if type(scheduler) is not SequentialLR:
+        raise TypeError(
+            "Expected scheduler to be a CosineAnnealingWarmRestarts, or a SequentialLR of LinearLR "
+            f"and CosineAnnealingWarmRestarts, but got {type(scheduler).__name__}"
+        )
+    parts: list[Any] = scheduler._schedulers
+    if [type(part) for part in parts] != [LinearLR, CosineAnnealingWarmRestarts]:
+        raise TypeError(
+            "Expected scheduler to be a SequentialLR of LinearLR and CosineAnnealingWarmRestarts, "
+            f"but got one of {', '.join(type(part).__name__ for part in parts)}"
+        )
+    warmup, cosine = parts
+    (milestone,) = scheduler._milestones
+    if warmup.end_factor != 1 or warmup.total_iters != milestone:
+        raise ValueError(
+            f"the LinearLR has end_factor={warmup.end_factor} and total_iters={warmup.total_iters},"
+            f" but a warm-up of FusedSGDR ends at the peak, end_factor=1, where the first cycle "
+            f"begins, at milestones=[{milestone}]; "
+            "construct a FusedSGDR with the warmup_steps and warmup_start_lr that come closest"
+        )
+    return warmup, cosine
+
+
+def _position_of(
+    scheduler: CosineAnnealingWarmRestarts | SequentialLR, steps_per_epoch: int
+) -> Position:
+    warmup, cosine = _warmup_and_cosine(scheduler)
+    warmup_epochs = 0 if warmup is None else warmup.total_iters
+    if scheduler.last_epoch < warmup_epochs:
+        if steps_per_epoch != 1:
+            raise ValueError(
+                f"the scheduler is at epoch {scheduler.last_epoch} of a warm-up that rises once an "
+                "epoch; a warm-up of FusedSGDR rises at each step, so call from_pair() from epoch "
+                f"{warmup_epochs} on"
+            )
+        T_cur = scheduler.last_epoch - warmup_epochs
+        return Position(scheduler.last_epoch, 0, T_cur, cosine.T_0)
+
+    T_cur = cosine.T_cur * steps_per_epoch
     if abs(T_cur - round(T_cur)) > 1e-6:
         raise ValueError(
-            f"the scheduler is at T_cur={scheduler.T_cur}, which is not a whole number of steps at "
+            f"the scheduler is at T_cur={cosine.T_cur}, which is not a whole number of steps at "
             f"steps_per_epoch={steps_per_epoch}; pass the number of optimizer steps in an epoch"
         )
-    if scheduler.T_mult == 1:
-        cycle = int(scheduler.last_epoch) // scheduler.T_0
+    if cosine.T_mult == 1:
+        cycle = int(cosine.last_epoch) // cosine.T_0
     else:
         cycle = 0
-        while scheduler.T_0 * scheduler.T_mult**cycle < scheduler.T_i:
+        while cosine.T_0 * cosine.T_mult**cycle < cosine.T_i:
             cycle += 1
-    # Computed from the cycles, because scheduler.last_epoch has lost the fraction of an epoch.
-    before = sum(scheduler.T_0 * scheduler.T_mult**i for i in range(cycle)) * steps_per_epoch
-    return Position(before + round(T_cur), cycle, round(T_cur), scheduler.T_i * steps_per_epoch)
+    # Computed from the cycles, because cosine.last_epoch has lost the fraction of an epoch.
+    cycles = CosineWarmRestarts(
+        lr=1.0, T_0=cosine.T_0, T_mult=cosine.T_mult, warmup_steps=warmup_epochs
+    )
+    step = cycles.cycle_start(cycle) * steps_per_epoch + round(T_cur)
+    return Position(step, cycle, round(T_cur), cosine.T_i * steps_per_epoch)
 
 
 def to_pair(

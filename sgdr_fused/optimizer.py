@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, SequentialLR
 from torch.optim.optimizer import ParamsT
 
 from sgdr_fused import ema, interop
@@ -360,7 +360,7 @@ class FusedSGDR(SteppedOptimizer):
     def from_pair(
         cls,
         sgd: torch.optim.SGD,
-        scheduler: CosineAnnealingWarmRestarts,
+        scheduler: CosineAnnealingWarmRestarts | SequentialLR,
         *,
         steps_per_epoch: int = 1,
         anneal: Anneal = "step",
@@ -373,7 +373,7 @@ class FusedSGDR(SteppedOptimizer):
 
         Args:
             sgd: The optimizer.
-            scheduler: Its scheduler.
+            scheduler: Its scheduler, which may be a ``SequentialLR`` of ``LinearLR`` and that one.
             steps_per_epoch: Optimizer steps in one unit of the scheduler's ``T_0``: 1 if
                 ``scheduler.step()`` was called at each optimizer step.
             anneal: ``"epoch"`` if it was called once an epoch.
@@ -386,14 +386,16 @@ class FusedSGDR(SteppedOptimizer):
             TypeError: The two are not such a pair.
             ValueError: They are in a state that FusedSGDR cannot continue; the message says which.
         """
-        groups, schedule = interop.arguments_of_pair(sgd, scheduler)
+        groups, schedule = interop.arguments_of_pair(sgd, scheduler, steps_per_epoch)
         optimizer = cls(
             groups, **schedule, steps_per_epoch=steps_per_epoch, anneal=anneal, backend=backend
         )
         optimizer._continue_pair(sgd, scheduler)
         return optimizer
 
-    def _continue_pair(self, sgd: torch.optim.SGD, scheduler: CosineAnnealingWarmRestarts) -> None:
+    def _continue_pair(
+        self, sgd: torch.optim.SGD, scheduler: CosineAnnealingWarmRestarts | SequentialLR
+    ) -> None:
         interop.continue_pair(self.param_groups, self.state, sgd, scheduler)
         self._begin()
 

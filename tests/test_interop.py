@@ -5,7 +5,13 @@ import warnings
 import pytest
 import torch
 from pair import Pair, assert_same, copies_of, give_gradients, make_params, momentum_of
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LinearLR,
+    SequentialLR,
+    StepLR,
+)
 
 from sgdr_fused import FusedSGDR
 
@@ -222,6 +228,103 @@ def test_from_pair_and_to_pair_keep_parameter_names(backend):
     assert sgd.param_groups[0]["param_names"] == ["weight", "bias"]
 
 
+def test_from_pair_does_not_walk_over_the_cycles_of_a_long_training():
+    class CountedInt(int):
+        def __pow__(self, exponent):
+            counted.append(exponent)
+            return int(self) ** exponent
+
+    counted = []
+    pair, _ = make_pair(1, 1)
+    pair.scheduler.load_state_dict({"last_epoch": 10**5, "T_mult": CountedInt(1)})
+    optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler)
+    assert [optimizer.param_groups[0][n] for n in ("step", "cycle", "T_cur")] == [10**5, 10**5, 0]
+    assert len(counted) < 100
+
+
+# --------------------------------------------------------------------------- warm-up, then the pair
+
+
+def make_warmed_up_pair(total_iters=5, milestone=5, start_factor=0.1, end_factor=1.0):
+    """torch's way to warm up: SequentialLR of LinearLR and the cosine, on two groups."""
+    params = make_params([33, 8, 5])
+    options = {name: value for name, value in OPTIONS.items() if name != "eta_min"}
+    pair = object.__new__(Pair)
+    pair.sgd = torch.optim.SGD(groups_of(params), foreach=False, fused=False, **options)
+    pair.scheduler = SequentialLR(
+        pair.sgd,
+        [
+            LinearLR(
+                pair.sgd,
+                start_factor=start_factor,
+                end_factor=end_factor,
+                total_iters=total_iters,
+            ),
+            CosineAnnealingWarmRestarts(pair.sgd, T_0=3, T_mult=2, eta_min=1e-3),
+        ],
+        milestones=[milestone],
+    )
+    return pair, params
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+@pytest.mark.parametrize("taken_after", [5, 6, 7, 8, 13, 14, 50])
+def test_from_pair_takes_a_warm_up_and_cosine_over_exactly(backend, taken_after):
+    pair, theirs = make_warmed_up_pair()
+    run(pair, theirs, 0, taken_after)
+    optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler, backend=backend)
+    assert optimizer.param_groups[0]["step"] == taken_after
+    assert optimizer.param_groups[0]["warmup_steps"] == 5
+    ours = on_copies(optimizer, theirs)
+    for step in range(taken_after, taken_after + STEPS_AFTER):
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+@pytest.mark.parametrize("taken_after", [0, 1, 4])
+def test_from_pair_takes_over_within_the_warm_up(backend, taken_after):
+    """LinearLR multiplies the LR of the step before, which rounds; the next LR is its very own."""
+    pair, theirs = make_warmed_up_pair()
+    run(pair, theirs, 0, taken_after)
+    optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler, backend=backend)
+    assert optimizer.get_last_lr() == pair.scheduler.get_last_lr()
+    for step in range(taken_after, 60):
+        # Each step of LinearLR rounds a few times, of which there are 5.
+        assert optimizer.get_last_lr() == pytest.approx(pair.scheduler.get_last_lr(), rel=1e-14)
+        assert step < 5 or optimizer.get_last_lr() == pair.scheduler.get_last_lr()
+        optimizer.step()
+        pair.step()
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+def test_from_pair_with_a_warm_up_stepped_once_an_epoch(backend):
+    """It rises at once after each epoch, ours at each step; after it the two are the same."""
+    pair, theirs = make_warmed_up_pair()
+
+    def epoch_of_pair(epoch):
+        for step in range(4 * epoch, 4 * epoch + 4):
+            give_gradients(step, theirs)
+            pair.sgd.step()
+        pair.scheduler.step()
+
+    options = {"steps_per_epoch": 4, "anneal": "epoch", "backend": backend}
+    for epoch in range(7):
+        if epoch < 5:
+            with pytest.raises(ValueError, match=rf"epoch {epoch} of a warm-up.*epoch 5 on"):
+                FusedSGDR.from_pair(pair.sgd, pair.scheduler, **options)
+        epoch_of_pair(epoch)
+    optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler, **options)
+    assert optimizer.param_groups[0]["step"] == 4 * 7
+    ours = on_copies(optimizer, theirs)
+    for epoch in range(7, 7 + STEPS_AFTER // 4):
+        epoch_of_pair(epoch)
+        run(optimizer, ours, 4 * epoch, 4 * epoch + 4)
+        assert_same(optimizer, ours, pair, theirs, f"after epoch {epoch}")
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 
@@ -239,6 +342,23 @@ def test_from_pair_refuses_other_schedulers():
     sgd = sgd_of(make_params([3]))
     with pytest.raises(TypeError, match="StepLR"):
         FusedSGDR.from_pair(sgd, StepLR(sgd, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+def test_from_pair_refuses_another_sequence_of_schedulers():
+    sgd = sgd_of(make_params([3]))
+    sequence = SequentialLR(sgd, [LinearLR(sgd), ExponentialLR(sgd, 0.9)], milestones=[5])
+    with pytest.raises(TypeError, match="LinearLR, ExponentialLR"):
+        FusedSGDR.from_pair(sgd, sequence)
+
+
+@pytest.mark.parametrize(
+    "options", [{"total_iters": 4}, {"total_iters": 6}, {"milestone": 4}, {"end_factor": 0.5}]
+)
+def test_from_pair_refuses_a_warm_up_that_does_not_end_at_the_peak(options):
+    pair, _ = make_warmed_up_pair(**options)
+    with pytest.raises(ValueError, match=r"end_factor=.*total_iters=.*milestones="):
+        FusedSGDR.from_pair(pair.sgd, pair.scheduler)
 
 
 def test_from_pair_refuses_the_scheduler_of_another_optimizer():

@@ -182,22 +182,34 @@ def _with_type(value: object) -> str:
 def complete_new_group(param_groups: Sequence[dict[str, Any]]) -> None:
     """Checks the last group, and puts its schedule at the step that the others have reached.
 
+    A group of another FusedSGDR, which has a place in the schedule, keeps it, and its LR.
+
     Args:
         param_groups: The optimizer's; the last was just added.
 
     Raises:
         ValueError: An option is out of its range, or the parameters are on several devices.
+        TypeError: There is no ``T_0``.
     """
     group = param_groups[-1]
+    if "T_0" not in group:
+        raise TypeError(
+            "FusedSGDR needs T_0, the length of the first cycle: pass T_0=..., or set it in each "
+            f"param group, of which param_groups[{len(param_groups) - 1}] has none"
+        )
     _check_devices(group["params"], len(param_groups) - 1)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but is {shown(lr)}")
     group.setdefault("initial_lr", lr)
     group.setdefault("skipped_steps", 0)
-    group.update(Position(0, 0, 0, 1)._asdict(), scheduled_lr=0.0)
+    has_place = all(name in group for name in Position._fields)
+    if not has_place:
+        group.update(Position(0, 0, 0, 1)._asdict())
+    group.setdefault("scheduled_lr", lr)
     group.update(plain_options(group))
-    move_group(group, _joining_position(group, param_groups[0]))
+    if not has_place:
+        move_group(group, _joining_position(group, param_groups[0]))
     group.update(check_group(group))
 
 

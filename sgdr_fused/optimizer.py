@@ -17,7 +17,7 @@ from sgdr_fused.device_state import restart_group
 from sgdr_fused.groups import index_of_group, moved_group, position_of
 from sgdr_fused.in_backward import StepInBackward
 from sgdr_fused.in_backward_checks import refuse_clipping
-from sgdr_fused.options import GROUP_OPTIONS, Backend, Clipping, checked_clipping
+from sgdr_fused.options import GROUP_OPTIONS, REQUIRED, Backend, Clipping, checked_clipping
 from sgdr_fused.restart_hook import RestartHook
 from sgdr_fused.schedule import Anneal, CosineWarmRestarts
 
@@ -49,7 +49,7 @@ class FusedSGDR(SteppedOptimizer):
         weight_decay: Weight decay :math:`\lambda`, as an L2 penalty.
         nesterov: Use Nesterov momentum; needs momentum and no dampening.
         T_0: Length of the first cycle, in epochs of ``steps_per_epoch`` steps; by default in
-            optimizer steps.
+            optimizer steps. Required, here or in each param group.
         T_mult: Factor by which each cycle is longer than the one before, >= 1.
         eta_min: LR that each cycle descends to; at most ``lr``.
         steps_per_epoch: Optimizer steps in an epoch.
@@ -85,6 +85,7 @@ class FusedSGDR(SteppedOptimizer):
 
     Raises:
         ValueError: An argument is out of its range; the message names it and its value.
+        TypeError: There is no ``T_0``.
         RuntimeError: ``backend="native"`` and there is no native backend.
 
     Example:
@@ -114,7 +115,7 @@ class FusedSGDR(SteppedOptimizer):
         weight_decay: float = 0,
         nesterov: bool = False,
         *,
-        T_0: int,
+        T_0: int = REQUIRED,
         T_mult: float = 1,
         eta_min: float = 0.0,
         steps_per_epoch: int = 1,
@@ -136,7 +137,9 @@ class FusedSGDR(SteppedOptimizer):
         backend: Backend = "auto",
     ) -> None:
         arguments = locals()
-        defaults = {option.name: arguments[option.name] for option in GROUP_OPTIONS}
+        # A wrapper that subclasses the optimizer passes groups only, which hold all options.
+        given = (option.name for option in GROUP_OPTIONS if arguments[option.name] is not REQUIRED)
+        defaults = {name: arguments[name] for name in given}
         super().__init__(params, defaults, checked_clipping(max_grad_norm, skip_nonfinite), backend)
 
     # ------------------------------------------------------------------------------------------

@@ -38,7 +38,13 @@ __all__ = [
 
 Backend = Literal["auto", "native", "reference"]
 
-REQUIRED = object()
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"  # as the signature of FusedSGDR shows it
+
+
+REQUIRED: Any = _Required()
 """Stands in the table where an option has no default."""
 
 

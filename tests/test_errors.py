@@ -326,8 +326,16 @@ def test_tensor_lr_of_several_elements_is_refused():
 
 
 def test_T_0_is_required():
-    with pytest.raises(TypeError, match="T_0"):
+    with pytest.raises(TypeError, match=r"needs T_0.*param_groups\[0\] has none"):
         FusedSGDR(make_params([3]), lr=0.1)
+
+
+def test_T_0_may_be_given_in_each_group_only():
+    one, other = make_params([3, 3])
+    optimizer = FusedSGDR([{"params": [one], "T_0": 3}, {"params": [other], "T_0": 5}], lr=0.1)
+    assert [group["T_i"] for group in optimizer.param_groups] == [3, 5]
+    with pytest.raises(TypeError, match=r"needs T_0.*param_groups\[1\] has none"):
+        FusedSGDR([{"params": [one], "T_0": 3}, {"params": [other]}], lr=0.1)
 
 
 def test_unknown_backend_is_refused():

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from sgdr_fused import CosineWarmRestarts, FusedSGDR, fit_T_0, native
 from sgdr_fused.compiled import is_traceable
-from sgdr_fused.options import GROUP_OPTIONS, OPTIONS, REQUIRED, Clipping, Support
+from sgdr_fused.options import GROUP_OPTIONS, OPTIONS, Clipping, Support
 from sgdr_fused.reference import reference_step
 from sgdr_fused.schedule import RANGES
 
@@ -59,10 +59,7 @@ def make_optimizer(**options):
 def test_arguments_are_the_tables_rows():
     arguments = dict(inspect.signature(FusedSGDR).parameters)
     del arguments["params"]
-    defaults = {
-        name: REQUIRED if argument.default is inspect.Parameter.empty else argument.default
-        for name, argument in arguments.items()
-    }
+    defaults = {name: argument.default for name, argument in arguments.items()}
     assert list(defaults.items()) == [(option.name, option.default) for option in OPTIONS]
 
 

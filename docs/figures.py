@@ -1,10 +1,11 @@
-"""Draws the LR curves of the pages: `python docs/figures.py`.
+"""Draws the curves of the pages: `python docs/figures.py`; needs scikit-learn.
 
 figures/how_it_works.svg is written by hand.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
 
-from sgdr_fused import CosineWarmRestarts
+from sgdr_fused import CosineWarmRestarts, FusedSGDR, lr_range_test
 
 FOLDER = Path(__file__).parent / "figures"
 
@@ -63,8 +66,32 @@ def draw(name: str) -> None:
     plt.close(figure)
 
 
+def draw_lr_range_test() -> None:
+    """Writes the picture of a range test, as the recipe does it."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    inputs = torch.tensor(digits.data, dtype=torch.float32) / 16
+    targets = torch.tensor(digits.target)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    optimizer = FusedSGDR(model.parameters(), lr=0.1, momentum=0.9, T_0=10)
+
+    def train_step() -> torch.Tensor:
+        batch = torch.randint(len(inputs), (64,))
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs[batch]), targets[batch])
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    result = lr_range_test(model, optimizer, train_step)
+    result.plot(str(FOLDER / "lr_range_test.svg"))
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # the same file each time
     with plt.rc_context(STYLE):
         for name in FIGURES:
             draw(name)
+        with plt.rc_context({"savefig.transparent": True}):
+            draw_lr_range_test()

@@ -2,6 +2,7 @@
 
 from sgdr_fused.cli.plot import plot_schedule
 from sgdr_fused.optimizer import FusedSGDR
+from sgdr_fused.range_test import RangeTest, lr_range_test
 from sgdr_fused.saving import load, save
 from sgdr_fused.schedule import CosineWarmRestarts, Position, fit_T_0
 
@@ -9,8 +10,10 @@ __all__ = [
     "CosineWarmRestarts",
     "FusedSGDR",
     "Position",
+    "RangeTest",
     "fit_T_0",
     "load",
+    "lr_range_test",
     "plot_schedule",
     "save",
 ]

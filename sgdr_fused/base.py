@@ -239,10 +239,13 @@ class SteppedOptimizer(Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses the wrapper by which a torch LR scheduler attaches itself to ``step``."""
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
+            for group in self.param_groups:
+                group.pop("swa_lr", None)  # SWALR has written it by now
             raise TypeError(
                 "FusedSGDR computes its own learning rate, so a torch LR scheduler would overwrite "
                 "it; remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, ... to "
-                "FusedSGDR instead; for a trainer that requires a scheduler use "
+                'FusedSGDR instead, and ema_decay="swa" for SWALR; for a learning-rate range test '
+                "use sgdr_fused.lr_range_test(); for a trainer that requires a scheduler use "
                 "sgdr_fused.trainers.as_scheduler(optimizer)"
             )
         super().__setattr__(name, value)

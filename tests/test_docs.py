@@ -50,6 +50,7 @@ DOCUMENTED = {
     "FusedSGDR.register_restart_hook": FusedSGDR.register_restart_hook,
     "Snapshots": Snapshots,
     "fit_T_0": sgdr_fused.fit_T_0,
+    "lr_range_test": sgdr_fused.lr_range_test,
     "plot_schedule": sgdr_fused.plot_schedule,
     "save": sgdr_fused.save,
 }

@@ -1,6 +1,7 @@
 """restart(), seek() and queries of a running optimizer; each group has its own schedule."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -350,3 +351,28 @@ def test_repr_shows_the_schedule(backend):
     optimizer, _ = make(backend)
     for text in ("FusedSGDR", "T_0: 4", "T_mult: 2", "initial_lr: 0.5", "cycle: 0"):
         assert text in repr(optimizer)
+
+
+# The steps of an epoch of 10 batches, in groups of 3 or 4, by what becomes of the last batches.
+STEPS_OF_EPOCH = {
+    "flushed": lambda batches, accumulation: math.ceil(batches / accumulation),
+    "dropped": lambda batches, accumulation: batches // accumulation,
+}
+
+
+@pytest.mark.parametrize("remainder", STEPS_OF_EPOCH)
+@pytest.mark.parametrize("accumulation", [3, 4, 5])
+def test_restart_after_whole_epochs_with_gradient_accumulation(backend, accumulation, remainder):
+    """10 batches in groups of 3 flushed, with `//`: a restart after 7.5 epochs, not 10."""
+    steps_per_epoch = STEPS_OF_EPOCH[remainder](10, accumulation)
+    optimizer, _ = make(backend, T_0=10, T_mult=1, steps_per_epoch=steps_per_epoch)
+    ends = []
+    for epoch in range(30):
+        for batch in range(1, 11):
+            is_last = remainder == "flushed" and batch == 10
+            if batch % accumulation == 0 or is_last:
+                optimizer.step()
+                if optimizer.is_cycle_end:
+                    ends.append(epoch + batch / 10)
+    last_step = 10 if remainder == "flushed" else 10 - 10 % accumulation
+    assert ends == [epoch + last_step / 10 for epoch in (9, 19, 29)]

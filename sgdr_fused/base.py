@@ -21,7 +21,14 @@ from sgdr_fused.native import is_profiling
 from sgdr_fused.options import Backend, Clipping, plain_options
 from sgdr_fused.schedule import Position
 from sgdr_fused.shards import find_flat_shard
-from sgdr_fused.state_dict import adopted, clipping_in, fitted, saved_by_param, with_host_values
+from sgdr_fused.state_dict import (
+    adopted,
+    clipping_in,
+    fitted,
+    saved_by_param,
+    with_host_values,
+    without_functions,
+)
 from sgdr_fused.steppers import (
     checked_backend,
     new_lock,
@@ -291,7 +298,7 @@ class SteppedOptimizer(Optimizer):
             self._make_plain()
             if checkpoint_call is not None:
                 checkpoint_call.add_missing_keys(self.param_groups, self.state)
-            packed = super().state_dict()
+            packed = without_functions(super().state_dict())
             if self._is_on_device():
                 packed = with_host_values(packed, *self._on_host())
             if checkpoint_call is not None:

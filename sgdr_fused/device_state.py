@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from sgdr_fused.ema_schedule import evaluate_ema_decay
 from sgdr_fused.groups import check_group, drop_momentum, move_group, sync_group
 from sgdr_fused.schedule import Position
 
@@ -153,6 +154,9 @@ def sync_group_on_device(
     if device_state is not None:
         group.update(check_group(group, is_on_gpu=True))
         device_state.write_changes_of(group)
+        if callable(group["ema_decay"]):
+            _refuse_capture("ema_decay is a function, which the host evaluates for each step")
+            evaluate_ema_decay(group)
         return device_state
     sync_group(group)
     if params and isinstance(params[0], Tensor) and params[0].is_cuda:

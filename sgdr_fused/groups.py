@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import ParameterList
 
+from sgdr_fused.ema_schedule import evaluate_ema_decay
 from sgdr_fused.options import GROUP_OPTIONS, check_group_options, plain_options
 from sgdr_fused.schedule import CosineWarmRestarts, Position
 from sgdr_fused.values import INTEGER, shown
@@ -211,6 +212,7 @@ def complete_new_group(param_groups: Sequence[dict[str, Any]]) -> None:
     if not has_place:
         move_group(group, _joining_position(group, param_groups[0]))
     group.update(check_group(group))
+    evaluate_ema_decay(group)
 
 
 def position_of(group: Mapping[str, Any]) -> Position:
@@ -294,6 +296,7 @@ def sync_group(group: MutableMapping[str, Any]) -> None:
         ValueError: An option is out of its range.
     """
     group.update(check_group(group))
+    evaluate_ema_decay(group)
     if group["lr"] == group["scheduled_lr"]:
         move_group(group, position_of(group))
 

@@ -70,7 +70,9 @@ class FusedSGDR(SteppedOptimizer):
         ema_decay: Keep an average of each parameter,
             :math:`\bar p \leftarrow d \bar p + (1 - d) p` with this :math:`d`, in float32 (or
             float64); it starts as the parameter after its first step. ``"swa"``: the equal average
-            of the weights at the ends of the cycles. See :meth:`swap_ema`.
+            of the weights at the ends of the cycles. A function of the number of applied steps:
+            its value is each step's :math:`d`, from 0 to 1; see :class:`EmaSchedule`. See
+            :meth:`swap_ema`.
         momentum_dtype: Dtype of the momentum buffers, instead of the parameter's. If it is narrower
             than the dtype of the arithmetic, buffers are rounded stochastically.
         stochastic_rounding: Round float16 and bfloat16 parameters and buffers stochastically, so
@@ -129,7 +131,7 @@ class FusedSGDR(SteppedOptimizer):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
-        ema_decay: float | Literal["swa"] | None = None,
+        ema_decay: float | Literal["swa"] | Callable[[int], float] | None = None,
         momentum_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         master_weights: bool = False,

@@ -97,12 +97,20 @@ class Clipping(NamedTuple):
 _MOMENTUM_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _NORM = floats("a float > 0, or inf", lambda value: value > 0)
-_DECAY = floats('a float in [0, 1), or "swa"', lambda value: 0 <= value < 1)
+_DECAY = floats("a float in [0, 1)", lambda value: 0 <= value < 1)
 _SWA = choice("swa")
+
+
+def _to_ema_decay(value: Any) -> Any:
+    if callable(value):
+        return value
+    return (_SWA if isinstance(value, str) else _DECAY).convert(value)
+
+
 _EMA_DECAY = Range(
-    lambda value: _SWA.convert(value) if isinstance(value, str) else _DECAY.convert(value),
-    lambda value: value == "swa" or _DECAY.contains(value),
-    _DECAY.words,
+    _to_ema_decay,
+    lambda value: callable(value) or value == "swa" or _DECAY.contains(value),
+    'a float in [0, 1), "swa", or a function of the number of applied steps',
 )
 _MOMENTUM_DTYPE = Range(
     lambda value: value,

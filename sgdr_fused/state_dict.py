@@ -17,11 +17,19 @@ from sgdr_fused.shards import placed_like
 from sgdr_fused.tensors import dtypes_of_state, named_params
 from sgdr_fused.values import STEP, shown
 
-__all__ = ["adopted", "clipping_in", "fitted", "saved_by_param", "with_host_values"]
+__all__ = [
+    "adopted",
+    "clipping_in",
+    "fitted",
+    "saved_by_param",
+    "with_host_values",
+    "without_functions",
+]
 
 # The entries that every torch.optim.SGD has, and those that it may have.
 _OF_SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 _MAYBE_OF_SGD = ("maximize", "foreach", "differentiable", "fused", "initial_lr")
+_FUNCTION = "function"  # in the place of one
 _ROLES = ("momentum_buffer", "ema", "master_param")
 # They are in a saved group, but not in ours.
 _NOT_OURS = ("foreach", "differentiable", "fused", *Clipping._fields)
@@ -43,6 +51,18 @@ def with_host_values(
     for index in packed["state"]:
         if isinstance(index, int):
             packed["state"][index] = state[params[index]]
+    return packed
+
+
+def without_functions(packed: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict without functions, so that it loads with ``weights_only=True``.
+
+    Args:
+        packed: The state_dict that torch has packed; changed in place.
+    """
+    for group in packed["param_groups"]:
+        if callable(group.get("ema_decay")):
+            group["ema_decay"] = _FUNCTION
     return packed
 
 
@@ -238,6 +258,8 @@ def _adopted_group(i: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     adopted = {key: value for key, value in saved.items() if key not in _NOT_OURS}
     adopted.setdefault("initial_lr", adopted.get("lr", own["initial_lr"]))
     group = {**own, **adopted}
+    if group["ema_decay"] == _FUNCTION:
+        group["ema_decay"] = own["ema_decay"]
     try:
         group.update(plain_options(group))
         lr, is_ours = group["lr"], _is_ours(saved)

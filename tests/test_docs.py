@@ -45,6 +45,7 @@ def test_code_on_the_page_runs_on_a_gpu(page, tmp_path, monkeypatch):
 
 
 DOCUMENTED = {
+    "EmaSchedule": sgdr_fused.EmaSchedule,
     "FusedSGDR": FusedSGDR,
     "FusedSGDR.step_in_backward": FusedSGDR.step_in_backward,
     "FusedSGDR.register_restart_hook": FusedSGDR.register_restart_hook,

@@ -376,3 +376,22 @@ def test_restart_after_whole_epochs_with_gradient_accumulation(backend, accumula
                     ends.append(epoch + batch / 10)
     last_step = 10 if remainder == "flushed" else 10 - 10 % accumulation
     assert ends == [epoch + last_step / 10 for epoch in (9, 19, 29)]
+
+
+@pytest.mark.parametrize("epochs", [0, 2.5, 3, 10, 25.04])
+@pytest.mark.parametrize("new", [50, 200, 7])
+def test_resume_with_another_batch_size(backend, new, epochs):
+    """As docs/faq.md says: from here on as if the training had had that size from the start."""
+    options = {"T_0": 10, "T_mult": 2, "cycle_decay": 0.5}
+    old, _ = make(backend, steps_per_epoch=100, warmup_steps=200, **options)
+    old.seek(round(epochs * 100))
+    resumed, params = make(backend, steps_per_epoch=new, **options)
+    resumed.load_state_dict(old.state_dict())
+    (group,) = resumed.param_groups
+    assert group["step"] / group["steps_per_epoch"] == epochs
+    group["warmup_steps"] = group["warmup_steps"] * new // group["steps_per_epoch"]
+    group["steps_per_epoch"] = new
+    resumed.seek(round(epochs * new))
+    expected = CosineWarmRestarts(lr=0.5, steps_per_epoch=new, warmup_steps=2 * new, **options)
+    start = round(epochs * new)
+    assert run(resumed, params, 60) == [[expected.lr_at(start + i)] for i in range(60)]

@@ -57,6 +57,7 @@ GroupOptions read_options(PyObject* dict) {
 bool ParamGroup::is_current(PyObject* dict) const {
   if (items_.empty() || !PyDict_Check(dict) || !items_.matches(dict)) return false;
   if (!PyList_CheckExact(params())) return false;
+  if (needs_new_ema_decay()) return false;
   if constexpr (!cuda::kIsBuilt) return true;
   if (on_gpu != nullptr) return on_gpu->belongs_to(params());
   return size() == 0 || !THPVariable_Check(param(0)) || !THPVariable_Unpack(param(0)).is_cuda();
@@ -64,6 +65,7 @@ bool ParamGroup::is_current(PyObject* dict) const {
 
 void ParamGroup::read(PyObject* dict, bool is_on_host) {
   options = read_options(dict);
+  const bool is_function = PyCallable_Check(get(dict, names::ema_decay()).ptr()) != 0;
   if (is_on_host) {
     state = {.position = {.step = integer(dict, names::step()),
                           .cycle = integer(dict, names::cycle()),
@@ -73,6 +75,7 @@ void ParamGroup::read(PyObject* dict, bool is_on_host) {
              .scheduled_lr = number(dict, names::scheduled_lr()),
              .skipped_steps = integer(dict, names::skipped_steps())};
   }
+  ema_decay_step_ = is_function ? state.position.step : kNoFunction;
   items_.take(dict);
   indices_[kParams] = items_.index_of(names::params());
   indices_[kLr] = items_.index_of(names::lr());

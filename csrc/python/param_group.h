@@ -52,6 +52,15 @@ class ParamGroup {
     kItems
   };
 
+  // A function as ema_decay is evaluated for each step; see ScheduledDecay in ema_schedule.py. On a
+  // GPU the position is not kept.
+  bool needs_new_ema_decay() const {
+    return ema_decay_step_ != kNoFunction &&
+           (on_gpu != nullptr || ema_decay_step_ != state.position.step);
+  }
+  static constexpr int64_t kNoFunction = -1;
+  int64_t ema_decay_step_ = kNoFunction;
+
   DictSnapshot items_;
   std::array<size_t, kItems> indices_{};  // their places in the snapshot
 };

@@ -47,6 +47,12 @@ def test_schedule_prints_every_cycle_and_its_restart(run):
     assert float(rows[1][4]) == pytest.approx(schedule.lr_at(29), rel=1e-5)
 
 
+def test_more_cycles_than_can_be_listed_are_an_error_at_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--epochs", str(10**15), "--cycles", str(10**9)])
+    assert "has 999999999 restarts" in capsys.readouterr().err
+
+
 def test_schedule_says_that_the_training_ends_within_a_cycle(run):
     assert "within a cycle" in run(*SCHEDULE)
     assert "within a cycle" not in run("schedule", "--T-0", 10, "--T-mult", 2, "--epochs", 70)

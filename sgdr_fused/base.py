@@ -19,7 +19,6 @@ from sgdr_fused.device_state import host_copy
 from sgdr_fused.groups import as_list, complete_new_group, listed
 from sgdr_fused.native import is_profiling
 from sgdr_fused.options import Backend, Clipping, plain_options
-from sgdr_fused.schedule import Position
 from sgdr_fused.shards import find_flat_shard
 from sgdr_fused.state_dict import (
     adopted,
@@ -226,14 +225,6 @@ class SteppedOptimizer(Optimizer):
             refuse_norm_of_flat_shards(self.param_groups, clipping)
             self._clipping = clipping
             self._stepper.set_clipping(*clipping)
-
-    @property
-    def begun_at(self) -> Position:
-        """Where the schedule of group 0 was last put, instead of stepped.
-
-        That is, when the optimizer was made, or by ``load_state_dict()`` or ``seek()``.
-        """
-        return self._cycle_end.begun_at
 
     def _begin(self) -> None:
         """Begins where the groups' schedules have been put."""

@@ -7,7 +7,19 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sgdr_fused.values import LONGEST, choice, floats, integers, or_none
+
 __all__ = ["EmaSchedule", "ScheduledDecay", "evaluate_ema_decay"]
+
+_POSITIVE = floats("a finite float > 0", lambda value: 0 < value < math.inf)
+_RANGES = {
+    "decay": floats("a float in [0, 1)", lambda value: 0 <= value < 1),
+    "start_step": integers(0, LONGEST, "an integer from 0 to 2**53"),
+    "every": integers(1, LONGEST, "an integer from 1 to 2**53"),
+    "warmup": or_none(choice("ratio", "power")),
+    "gamma": _POSITIVE,
+    "power": _POSITIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -56,19 +68,9 @@ class EmaSchedule:
 
     def __post_init__(self) -> None:
         """Check every argument."""
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Expected a decay in [0, 1), but got decay={self.decay!r}")
-        for name, least in (("start_step", 0), ("every", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"Expected an integer {name} >= {least}, but got {name}={value!r}")
-        if self.warmup not in ("ratio", "power", None):
-            raise ValueError(
-                f'Expected warmup="ratio", "power" or None, but got warmup={self.warmup!r}'
-            )
-        for name in ("gamma", "power"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name} > 0, but got {name}={getattr(self, name)!r}")
+        for name, values in _RANGES.items():
+            # The dataclass is frozen.
+            object.__setattr__(self, name, values.plain(name, getattr(self, name)))
 
     def __call__(self, step: int) -> float:
         """The decay of the update after a step.

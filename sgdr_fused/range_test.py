@@ -12,9 +12,14 @@ from torch import Tensor, nn
 
 from sgdr_fused.groups import position_of
 from sgdr_fused.optimizer import FusedSGDR
-from sgdr_fused.schedule import is_finite
+from sgdr_fused.values import floats, integers
 
 __all__ = ["RangeTest", "lr_range_test"]
+
+_LR = floats("a finite float > 0", lambda value: 0 < value < math.inf)
+_N_STEPS = integers(3, 2**31, "an integer of at least 3")
+_SMOOTHING = floats("a float in [0, 1)", lambda value: 0 <= value < 1)
+_STOP_AT = floats("a float > 1", lambda value: value > 1)
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,12 @@ def lr_range_test(
     """
     if not isinstance(optimizer, FusedSGDR):
         raise TypeError(f"Expected optimizer to be a FusedSGDR, but got {type(optimizer).__name__}")
-    if not (is_finite(lr_start) and is_finite(lr_end) and 0 < lr_start < lr_end):
-        raise ValueError(f"Expected 0 < lr_start < lr_end, but got {lr_start!r} and {lr_end!r}")
-    if not isinstance(n_steps, int) or n_steps < 3:
-        raise ValueError(f"Expected an integer n_steps >= 3, but got n_steps={n_steps!r}")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"Expected a smoothing in [0, 1), but got smoothing={smoothing!r}")
-    if not stop_at > 1:
-        raise ValueError(f"Expected stop_at > 1, but got stop_at={stop_at!r}")
+    lr_start, lr_end = _LR.plain("lr_start", lr_start), _LR.plain("lr_end", lr_end)
+    if lr_start >= lr_end:
+        raise ValueError(f"Expected lr_start < lr_end, but got {lr_start=} and {lr_end=}")
+    n_steps = _N_STEPS.plain("n_steps", n_steps)
+    smoothing = _SMOOTHING.plain("smoothing", smoothing)
+    stop_at = _STOP_AT.plain("stop_at", stop_at)
 
     lrs = [lr_start * (lr_end / lr_start) ** (i / (n_steps - 1)) for i in range(n_steps)]
     losses: list[float] = []

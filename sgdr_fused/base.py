@@ -16,7 +16,7 @@ from sgdr_fused.checkpoint import CheckpointCall
 from sgdr_fused.compiled import guard_identity, step_groups
 from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
-from sgdr_fused.groups import as_list, complete_new_group, listed
+from sgdr_fused.groups import as_list, check_groups, complete_new_group, listed
 from sgdr_fused.native import is_profiling
 from sgdr_fused.options import Backend, Clipping, plain_options
 from sgdr_fused.shards import find_flat_shard
@@ -58,6 +58,7 @@ class SteppedOptimizer(Optimizer):
         RuntimeError: ``backend="native"`` and there is no native backend.
     """
 
+    _is_new = True
     _is_swapped = False
     # The state_dict that load_state_dict() is loading.
     _saved_state: Mapping[Tensor, Any] = MappingProxyType({})
@@ -103,7 +104,10 @@ class SteppedOptimizer(Optimizer):
             if call := CheckpointCall.for_new_state(self.param_groups):
                 call.add_missing_keys(self.param_groups, self.state)
                 return None
-            refuse_norm_of_flat_shards(self.param_groups, self._clipping)
+            if self._is_new:
+                # The model may have been sharded after the optimizer was made.
+                self._check_clipping(self._clipping)
+                self._is_new = False
         # Not in a function of its own, because a call costs time.
         if (
             self._optimizer_step_pre_hooks
@@ -141,6 +145,7 @@ class SteppedOptimizer(Optimizer):
 
         A ShardedGradScaler would then set found_inf without a look at the other ranks.
         """
+        check_groups(self.param_groups)
         params = (param for group in self.param_groups for param in group["params"])
         return find_flat_shard(params) is None
 
@@ -222,7 +227,6 @@ class SteppedOptimizer(Optimizer):
 
     def _set_clipping(self, clipping: Clipping) -> None:
         with self._lock:
-            refuse_norm_of_flat_shards(self.param_groups, clipping)
             self._clipping = clipping
             self._stepper.set_clipping(*clipping)
 
@@ -268,7 +272,7 @@ class SteppedOptimizer(Optimizer):
             try:
                 super().add_param_group(listed(param_group, n_groups))
                 complete_new_group(self.param_groups)
-                refuse_norm_of_flat_shards(self.param_groups, self._clipping)
+                self._check_clipping(self._clipping)
                 self._sync()
             except BaseException:
                 del self.param_groups[n_groups:]
@@ -385,4 +389,5 @@ class SteppedOptimizer(Optimizer):
         self._begin()
 
     def _check_clipping(self, clipping: Clipping) -> None:
-        """Raises if the optimizer's state does not allow these options."""
+        """Raises if the optimizer's parameters or state do not allow these options."""
+        refuse_norm_of_flat_shards(self.param_groups, clipping)

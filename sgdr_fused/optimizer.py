@@ -204,6 +204,7 @@ class FusedSGDR(ScheduledOptimizer):
         self._set_clipping(clipping)
 
     def _check_clipping(self, clipping: Clipping) -> None:
+        super()._check_clipping(clipping)
         if self._in_backward is not None and self._in_backward.is_active:
             refuse_clipping(clipping)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgdr_fused.groups import check_groups
 from sgdr_fused.options import Clipping
 from sgdr_fused.shards import find_flat_shard, local_tensor, place_in_words, placement_of
 
@@ -150,7 +151,7 @@ def check_tensors(
 
 
 def refuse_norm_of_flat_shards(
-    param_groups: Sequence[Mapping[str, Any]], clipping: Clipping
+    param_groups: Sequence[MutableMapping[str, Any]], clipping: Clipping
 ) -> None:
     """Raises if the norm of the gradients would be that of this rank's shards alone.
 
@@ -160,9 +161,11 @@ def refuse_norm_of_flat_shards(
 
     Raises:
         ValueError: Names the option, the parameter and what to do.
+        TypeError: The groups are no such thing.
     """
     if not clipping.needs_norm:
         return
+    check_groups(param_groups)
     shard = find_flat_shard(param for group in param_groups for param in group["params"])
     if shard is None:
         return

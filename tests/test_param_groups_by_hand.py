@@ -54,6 +54,19 @@ def test_params_that_are_no_list_are_listed_once(backend, make):
     assert type(optimizer.param_groups[0]["params"]) is list
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "grad_scaler"])
+def test_generator_is_listed_once_at_a_first_step_that_clips(backend, scaled):
+    """What looks at the parameters before the step must not use the generator up."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = FusedSGDR([param], lr=1.0, T_0=2, max_grad_norm=1.0, backend=backend)
+    optimizer.param_groups[0]["params"] = (p for p in [param])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+    scaler.scale(param.sum() * 2).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(param.detach(), torch.tensor([-1.0]))
+
+
 def test_params_that_were_listed_stay_listed_after_an_error(backend):
     optimizer, params = stepped(backend)
     optimizer.param_groups[0]["params"] = iter(params)

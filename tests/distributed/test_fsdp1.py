@@ -85,6 +85,10 @@ def norm_is_refused(kind, options, words):
     name, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=words):
         setattr(optimizer, name, value)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(options)
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
     loss_of(model, 0, dist.get_rank()).backward()
     optimizer.step()
     assert optimizer.grad_norm is None

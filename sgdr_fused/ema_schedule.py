@@ -11,6 +11,7 @@ from sgdr_fused.values import LONGEST, choice, floats, integers, or_none
 
 __all__ = ["EmaSchedule", "ScheduledDecay", "evaluate_ema_decay"]
 
+_FROM_0_TO_1 = floats("a float from 0 to 1", lambda value: 0 <= value <= 1)
 _POSITIVE = floats("a finite float > 0", lambda value: 0 < value < math.inf)
 _RANGES = {
     "decay": floats("a float in [0, 1)", lambda value: 0 <= value < 1),
@@ -140,14 +141,5 @@ def evaluate_ema_decay(group: MutableMapping[str, Any]) -> None:
         if decay.step == step:
             return
         decay = decay.function
-    value = decay(step)
-    try:
-        is_decay = 0 <= value <= 1
-    except (TypeError, ValueError, RuntimeError):
-        is_decay = False
-    if not is_decay:
-        raise ValueError(
-            f"ema_decay({step}) is {value!r}; as a function of the number of applied steps, "
-            "ema_decay must return a float from 0 to 1"
-        )
-    group["ema_decay"] = ScheduledDecay(float(value), decay, step)
+    value = _FROM_0_TO_1.plain(f"ema_decay({step})", decay(step))
+    group["ema_decay"] = ScheduledDecay(value, decay, step)

@@ -258,7 +258,7 @@ def _adopted_group(i: int, own: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     adopted = {key: value for key, value in saved.items() if key not in _NOT_OURS}
     adopted.setdefault("initial_lr", adopted.get("lr", own["initial_lr"]))
     group = {**own, **adopted}
-    if group["ema_decay"] == _FUNCTION:
+    if isinstance(group["ema_decay"], str) and group["ema_decay"] == _FUNCTION:
         group["ema_decay"] = own["ema_decay"]
     try:
         group.update(plain_options(group))

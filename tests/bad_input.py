@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sgdr_fused import CosineWarmRestarts, FusedSGDR, fit_T_0, plot_schedule
+from sgdr_fused import (
+    CosineWarmRestarts,
+    EmaSchedule,
+    FusedSGDR,
+    fit_T_0,
+    lr_range_test,
+    plot_schedule,
+)
 from sgdr_fused.options import OPTIONS
 from sgdr_fused.trainers import as_scheduler
 
@@ -42,7 +49,7 @@ VALUES = {
     "[0.1]": [0.1],
     "{}": {},
     "...": ...,
-    "len": len,
+    "range(3)": range(3),
     "Decimal(1)": decimal.Decimal(1),
     "torch.int8": torch.int8,
     "torch.ones(2)": torch.ones(2),
@@ -120,6 +127,7 @@ def _from_pair(**options):
 
 _ONE = torch.nn.Parameter(torch.ones(3))
 _SCHEDULE = CosineWarmRestarts(lr=0.1, T_0=10)
+_MODEL = torch.nn.Linear(2, 2)
 
 CALLS = [
     # what a user writes, the call, the error, a part of its text
@@ -129,6 +137,11 @@ CALLS = [
      "(Linear)"),
     ('FusedSGDR("weight", T_0=10)', lambda o: FusedSGDR("weight", T_0=10), TypeError,
      "must be a tensor or a pair of name and tensor, but is 'w' (str)"),
+    ("FusedSGDR([param], lr=0.1)", lambda o: FusedSGDR([_ONE], lr=0.1), TypeError,
+     "FusedSGDR needs T_0, the length of the first cycle: pass T_0=..., or set it in each"),
+    ("FusedSGDR([param], T_0=10, ema_decay=lambda step: 2)",
+     lambda o: FusedSGDR([_ONE], T_0=10, ema_decay=lambda step: 2), ValueError,
+     "Invalid ema_decay(0) value: 2; ema_decay(0) must be a float from 0 to 1"),
     ("FusedSGDR([], T_0=10)", lambda o: FusedSGDR([], T_0=10), ValueError, "empty parameter list"),
     ("optimizer.add_param_group(None)", lambda o: o.add_param_group(None), TypeError,
      "param_group must be a dict, but is None (NoneType)"),
@@ -176,6 +189,10 @@ CALLS = [
     ("schedule.lr_at(-1)", lambda o: _SCHEDULE.lr_at(-1), ValueError, "Invalid step value: -1"),
     ("schedule.cycle_length(-1)", lambda o: _SCHEDULE.cycle_length(-1), ValueError,
      "Invalid cycle value: -1"),
+    ("schedule.cycle_start(0.5)", lambda o: _SCHEDULE.cycle_start(0.5), ValueError,
+     "Invalid cycle value: 0.5"),
+    ("schedule.restarts(2**40)", lambda o: _SCHEDULE.restarts(2**40), ValueError,
+     "has 109951162777 restarts, too many for a list"),
     ('schedule.restarts("100")', lambda o: _SCHEDULE.restarts("100"), ValueError,
      "Invalid total_steps value: '100'"),
     ("fit_T_0(nan, 2)", lambda o: fit_T_0(float("nan"), 2), ValueError,
@@ -191,6 +208,14 @@ CALLS = [
      "got NoneType"),
     ("FusedSGDR.from_pair(sgd, scheduler, steps_per_epoch=0)",
      lambda o: _from_pair(steps_per_epoch=0), ValueError, "Invalid steps_per_epoch value: 0"),
+    ("EmaSchedule(decay=1)", lambda o: EmaSchedule(decay=1), ValueError,
+     "Invalid decay value: 1; decay must be a float in [0, 1)"),
+    ("EmaSchedule(every=0)", lambda o: EmaSchedule(every=0), ValueError, "Invalid every value: 0"),
+    ("lr_range_test(model, sgd, train_step)", lambda o: lr_range_test(_MODEL, _sgd(), len),
+     TypeError, "Expected optimizer to be a FusedSGDR, but got SGD"),
+    ("lr_range_test(model, optimizer, train_step, lr_start=1, lr_end=0.1)",
+     lambda o: lr_range_test(_MODEL, o, len, lr_start=1, lr_end=0.1), ValueError,
+     "Expected lr_start < lr_end, but got lr_start=1.0 and lr_end=0.1"),
     ("as_scheduler(sgd)", lambda o: as_scheduler(_sgd()), TypeError, "got a SGD"),
 ]  # fmt: skip
 """Other wrong calls; each gets an optimizer of two groups."""

@@ -99,5 +99,5 @@ def test_wrapper_takes_a_new_group_and_a_state_dict():
 def test_place_in_the_schedule_that_is_none_is_an_error():
     optimizer, _ = make()
     optimizer.param_groups[0]["T_i"] = 0
-    with pytest.raises(ValueError, match="Invalid T_i value in a param group: 0"):
+    with pytest.raises(ValueError, match="Invalid T_i value: 0"):
         wrapped(optimizer)

@@ -195,18 +195,18 @@ def test_range_test_refuses_what_is_none(error):
     training = Training("reference")
     model, optimizer, step = training.model, training.optimizer, training.step
     if error is TypeError:
-        with pytest.raises(TypeError, match="but got SGD"):
+        with pytest.raises(TypeError, match="to be a FusedSGDR, but got SGD"):
             lr_range_test(model, torch.optim.SGD(model.parameters(), lr=0.1), step)
     elif error is RuntimeError:
         with pytest.raises(RuntimeError, match=r"has not called optimizer.step\(\)"):
             lr_range_test(model, optimizer, lambda: 0.5)
     else:
         for options, message in {
-            "lr_start=0": "0 < lr_start < lr_end, but got 0 and 10",
-            "lr_end=1e-6": "got 1e-05 and 1e-06",
-            "n_steps=2": "n_steps=2",
-            "smoothing=1": "smoothing=1",
-            "stop_at=1": "stop_at=1",
+            "lr_start=0": "Invalid lr_start value: 0",
+            "lr_end=1e-6": "lr_start < lr_end, but got lr_start=1e-05 and lr_end=1e-06",
+            "n_steps=2": "Invalid n_steps value: 2",
+            "smoothing=1": "Invalid smoothing value: 1",
+            "stop_at=1": "Invalid stop_at value: 1",
         }.items():
             with pytest.raises(ValueError, match=message):
                 lr_range_test(model, optimizer, step, **eval(f"dict({options})"))

@@ -18,7 +18,12 @@ from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
 from sgdr_fused.groups import as_list, check_groups, complete_new_group, listed
 from sgdr_fused.native import is_profiling
-from sgdr_fused.options import Backend, Clipping, plain_options
+from sgdr_fused.options import (
+    Backend,
+    Clipping,
+    plain_options,
+    refuse_options_of_all_groups,
+)
 from sgdr_fused.shards import find_flat_shard
 from sgdr_fused.state_dict import (
     adopted,
@@ -271,6 +276,8 @@ class SteppedOptimizer(Optimizer):
             n_groups = len(self.param_groups)
             try:
                 super().add_param_group(listed(param_group, n_groups))
+                own = self._clipping._asdict() | {"backend": self.backend}
+                refuse_options_of_all_groups(self.param_groups[-1], own)
                 complete_new_group(self.param_groups)
                 self._check_clipping(self._clipping)
                 self._sync()

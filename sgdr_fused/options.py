@@ -34,6 +34,7 @@ __all__ = [
     "checked_clipping",
     "plain_option",
     "plain_options",
+    "refuse_options_of_all_groups",
 ]
 
 Backend = Literal["auto", "native", "reference"]
@@ -158,7 +159,6 @@ OPTIONS = (
 
 GROUP_OPTIONS = tuple(option for option in OPTIONS if option.per_group)
 
-_OF_ALL_GROUPS = tuple(option for option in OPTIONS if not option.per_group)
 _RANGES = {option.name: option.range for option in OPTIONS}
 
 
@@ -196,6 +196,26 @@ def plain_option(name: str, value: object) -> Any:
     return _RANGES[name].plain(name, value)
 
 
+def refuse_options_of_all_groups(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises if a param group has an option of the whole optimizer with another value than that.
+
+    A wrapper such as ZeroRedundancyOptimizer puts all its options into each group.
+
+    Args:
+        group: A param group.
+        own: The optimizer's values of these options.
+
+    Raises:
+        ValueError: Names the option and its value.
+    """
+    for name, value in own.items():
+        if name in group and group[name] != value:
+            raise ValueError(
+                f"a param group has {name}={shown(group[name])}, which is an option of the whole "
+                "optimizer; pass it to FusedSGDR()"
+            )
+
+
 def plain_options(group: Mapping[str, Any], is_on_gpu: bool = False) -> dict[str, Any]:
     """The entries of a param group that are not plain Python values, as plain ones.
 
@@ -210,12 +230,6 @@ def plain_options(group: Mapping[str, Any], is_on_gpu: bool = False) -> dict[str
     Raises:
         ValueError: A value is out of its range; the message names it.
     """
-    for option in _OF_ALL_GROUPS:
-        if option.name in group:
-            raise ValueError(
-                f"a param group has {option.name}={shown(group[option.name])}, which is an option "
-                "of the whole optimizer; pass it to FusedSGDR()"
-            )
     changes = {}
     for name, values in _ENTRIES.items():
         value = group[name]

@@ -73,13 +73,19 @@ class RestartHook:
         self.remove()
 
     def _before_step(self, *_: object) -> None:
+        group = self._group_now()
+        if group is None:
+            return
         # On a GPU this is a tensor; copying it does not synchronize.
-        step = self._group_now()["step"]
+        step = group["step"]
         self._step_before = step.clone() if isinstance(step, Tensor) else step
 
     def _after_step(self, *_: object) -> None:
+        group = self._group_now()
+        if group is None:
+            return
         # After a skipped step the group may still be where a cycle has ended before.
-        step, cycle, T_cur, _T_i = position_of(self._group_now())
+        step, cycle, T_cur, _T_i = position_of(group)
         if T_cur == 0 < cycle and step == int(self._step_before) + 1:
             self._hook(self._optimizer)
 
@@ -88,5 +94,7 @@ class RestartHook:
         if any(group is self._group_now() for group in groups):
             self._hook(self._optimizer)
 
-    def _group_now(self) -> dict[str, Any]:
-        return self._optimizer.param_groups[self._index]
+    def _group_now(self) -> dict[str, Any] | None:
+        """The group; None if the user has removed it."""
+        groups = self._optimizer.param_groups
+        return groups[self._index] if self._index < len(groups) else None

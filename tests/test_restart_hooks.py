@@ -210,6 +210,19 @@ def test_group_that_does_not_exist_is_an_error(group, make):
         optimizer.step()
 
 
+def test_hook_of_a_removed_group_is_not_called(make):
+    """Steps and restart() raised a bare IndexError, and restart() only after it had restarted."""
+    optimizer = make(2)
+    seen, handle = note_steps(optimizer, group=1)
+    del optimizer.param_groups[1]
+    for _ in range(3):
+        optimizer.step()
+    optimizer.restart()
+    assert seen == []
+    assert optimizer.cycle == 2
+    handle.remove()
+
+
 def test_copy_has_no_hooks(make):
     optimizer = make()
     seen, _ = note_steps(optimizer)

@@ -128,6 +128,8 @@ def test_options_that_need_all_gradients_are_refused(backend, option):
     for name, value in option.items():
         with pytest.raises(ValueError, match=name):
             setattr(other, name, value)
+        with pytest.raises(ValueError, match=name):
+            other.load_state_dict(optimizer.state_dict())
 
 
 def test_step_with_a_closure_updates_within_its_backward(backend):

@@ -16,7 +16,7 @@ from sgdr_fused.checkpoint import CheckpointCall
 from sgdr_fused.compiled import guard_identity, step_groups
 from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
-from sgdr_fused.groups import as_list, check_groups, complete_new_group, listed
+from sgdr_fused.groups import as_list, complete_new_group, listed
 from sgdr_fused.native import is_profiling
 from sgdr_fused.options import (
     Backend,
@@ -24,7 +24,6 @@ from sgdr_fused.options import (
     plain_options,
     refuse_options_of_all_groups,
 )
-from sgdr_fused.shards import find_flat_shard
 from sgdr_fused.state_dict import (
     adopted,
     clipping_in,
@@ -114,15 +113,21 @@ class SteppedOptimizer(Optimizer):
                 self._check_clipping(self._clipping)
                 self._is_new = False
         # Not in a function of its own, because a call costs time.
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_pre_hooks
-            or _global_post_hooks
-            or is_profiling()
-        ):
-            return self._observed_step() if closure is None else self._observed_step(closure)
-        return self._step(closure)
+        try:
+            if (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_pre_hooks
+                or _global_post_hooks
+                or is_profiling()
+            ):
+                return self._observed_step() if closure is None else self._observed_step(closure)
+            return self._step(closure)
+        except BaseException:
+            # A GradScaler removes them only after a step that succeeds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         if self._is_swapped:
@@ -143,16 +148,6 @@ class SteppedOptimizer(Optimizer):
         ):
             self._fall_back()
         return loss
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves the gradients alone, and sets grad_scale and found_inf instead.
-
-        A ShardedGradScaler would then set found_inf without a look at the other ranks.
-        """
-        check_groups(self.param_groups)
-        params = (param for group in self.param_groups for param in group["params"])
-        return find_flat_shard(params) is None
 
     # torch's own wrapper: the profiler range and the hooks.
     _observed_step = Optimizer.profile_hook_step(_step)

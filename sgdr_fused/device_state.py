@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class DeviceState:
     def __init__(self, memory: Tensor, params: Iterable[Any]) -> None:
         self.memory = memory
         # They do not keep parameters alive that the user has dropped.
-        self._params = [ref(param) for param in params]
+        self._ids = [id(param) for param in params]
         self.fields = {name: memory[i] for i, name in enumerate(Position._fields)}
         self.fields["lr"] = memory.view(torch.float64)[len(Position._fields)]
         self.fields["scheduled_lr"] = memory.view(torch.float64)[len(Position._fields) + 1]
@@ -60,11 +59,6 @@ class DeviceState:
         flags = memory[_WORDS:].view(torch.uint8).view(-1, 8)
         self.is_empty = {role: flags[:, i] for i, role in enumerate(_ROLES)}
         self.n_averaged = memory[_WORDS:].view(torch.int32)[1::2]
-
-    @property
-    def params(self) -> list[Any]:
-        """The group's parameters; None for one that no longer exists."""
-        return [param() for param in self._params]
 
     @classmethod
     def make(cls, group: MutableMapping[str, Any], state: Mapping[Tensor, Any]) -> DeviceState:
@@ -96,17 +90,15 @@ class DeviceState:
 
     def belongs_to(self, params: list[Any]) -> bool:
         """Whether it was made for these parameters, and they still are on its device."""
-        return (
-            len(params) == len(self.params)
-            and all(mine is theirs for mine, theirs in zip(self.params, params, strict=True))
-            and params[0].device == self.memory.device
-        )
+        return [id(param) for param in params] == self._ids and params[
+            0
+        ].device == self.memory.device
 
     def to_cpu(self) -> DeviceState:
         """A copy on the host; synchronizes."""
         _refuse_capture("the optimizer's state has to be read")
         copy = DeviceState(self.memory.cpu(), ())
-        copy._params = self._params
+        copy._ids = self._ids
         return copy
 
     def numbers(self) -> dict[str, Any]:
@@ -216,8 +208,9 @@ def _to_host(
 ) -> None:
     on_host = device_state.to_cpu()
     group.update(on_host.numbers())
-    for i, param in enumerate(on_host.params):
-        of_param = state.get(param) if param is not None else None
+    by_id = {id(param): of_param for param, of_param in state.items()}
+    for i, param_id in enumerate(on_host._ids):
+        of_param = by_id.get(param_id)
         if of_param is None:
             continue
         for role in _ROLES:

@@ -12,11 +12,13 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, SequentialLR
 from torch.optim.optimizer import ParamsT
 
 from sgdr_fused import ema, interop
+from sgdr_fused.groups import check_groups
 from sgdr_fused.in_backward import StepInBackward
 from sgdr_fused.in_backward_checks import refuse_clipping
 from sgdr_fused.options import GROUP_OPTIONS, REQUIRED, Backend, Clipping, checked_clipping
 from sgdr_fused.schedule import Anneal
 from sgdr_fused.scheduled import ScheduledOptimizer
+from sgdr_fused.shards import find_flat_shard
 
 __all__ = ["FusedSGDR"]
 
@@ -142,6 +144,16 @@ class FusedSGDR(ScheduledOptimizer):
 
     # ------------------------------------------------------------------------------------------
     # step
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves the gradients alone, and sets grad_scale and found_inf instead.
+
+        A ShardedGradScaler would then set found_inf without a look at the other ranks.
+        """
+        check_groups(self.param_groups)
+        params = (param for group in self.param_groups for param in group["params"])
+        return find_flat_shard(params) is None
 
     def step_in_backward(self) -> StepInBackward:
         """Update each parameter within ``backward()``, as soon as its gradient is complete, and

@@ -59,7 +59,7 @@ class ScheduledOptimizer(SteppedOptimizer):
         groups = self.param_groups
         if group is not None:
             groups = [groups[index_of_group(groups, group)]]
-        with self._lock:
+        with self._lock, kept_on_success(self.param_groups):
             self._sync()  # an invalid option is an error before anything moves
             starts = [CosineWarmRestarts.of_group(g).restart(position_of(g)) for g in groups]
             for param_group, start in zip(groups, starts, strict=True):

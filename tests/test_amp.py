@@ -202,3 +202,21 @@ def test_training_with_autocast_equals_the_pair(backend):
     ours, optimizer = train(lambda params: FusedSGDR(params, backend=backend, **options))
     theirs, pair = train(lambda params: Pair(params, **options))
     assert_same(optimizer, ours, pair, theirs)
+
+
+def test_step_that_raises_under_a_scaler_leaves_no_scale_behind(backend):
+    """The next step divided by the scale twice."""
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = FusedSGDR([param], lr=1.0, T_0=1000, backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for is_valid in (False, True):
+        optimizer.param_groups[0]["momentum"] = 0.0 if is_valid else -1.0
+        optimizer.zero_grad()
+        scaler.scale(param.sum()).backward()
+        if is_valid:
+            scaler.step(optimizer)
+        else:
+            with pytest.raises(ValueError, match="momentum"):
+                scaler.step(optimizer)
+        scaler.update()
+    assert param.tolist() == [-1.0] * 3

@@ -290,6 +290,21 @@ def test_interrupted_native_step_has_done_everything_or_nothing(when):
 # ------------------------------------------------------------------------------ what is kept alive
 
 
+def test_state_that_was_cleared_after_a_first_step_is_made_anew(backend):
+    """The state was empty again, as before the first step, so its freed dicts were used."""
+    ours, theirs = make_params([5, 33]), make_params([5, 33])
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    for step in range(5):
+        give_gradients(step, ours)
+        give_gradients(step, theirs)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs)
+        optimizer.state.clear()
+        pair.state.clear()
+        _ = [{"a": i} for i in range(50)]  # may take the freed memory
+
+
 def test_state_that_was_dropped_is_freed_at_once(backend):
     optimizer, params = stepped(backend)
     buffers = [weakref.ref(optimizer.state[param]["momentum_buffer"]) for param in params]
@@ -349,5 +364,18 @@ def test_move_of_a_schedule_with_an_invalid_option_changes_nothing(backend, move
     optimizer.param_groups[0].update(nesterov=True, momentum=0)
     before = snapshot(optimizer, params)
     with pytest.raises(ValueError, match="Nesterov momentum requires a momentum"):
+        move(optimizer)
+    assert_unchanged(before, optimizer, params)
+
+
+@pytest.mark.parametrize(
+    "move", [lambda o: o.seek(1.5), lambda o: o.restart()], ids=["seek", "restart"]
+)
+def test_move_that_is_refused_leaves_an_edit_as_it_is(backend, move):
+    """The LR that follows from the edit was written before the argument was checked."""
+    optimizer, params = stepped(backend, n_cycles=1)
+    optimizer.param_groups[0]["initial_lr"] = 1.0
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=r"step value: 1\.5|n_cycles=1"):
         move(optimizer)
     assert_unchanged(before, optimizer, params)

@@ -84,6 +84,19 @@ def test_lazy_conjugate_or_negative_momentum_buffer_is_updated(backend, make):
         assert torch.equal(expected, found)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool], ids=str)
+def test_gradient_of_integers_is_read(backend, dtype):
+    """param.grad_dtype = None allows one."""
+    param, expected = make_params([33], seed=3)[0], make_params([33], seed=3)[0]
+    optimizers = [FusedSGDR([p], backend=backend, **OPTIONS) for p in (param, expected)]
+    param.grad_dtype = None
+    param.grad = torch.arange(33).to(dtype)
+    expected.grad = param.grad.float()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(param, expected)
+
+
 @pytest.mark.parametrize("kind", ["zero", "inference"])
 def test_gradient_without_memory_or_from_inference_mode_is_read(backend, kind):
     param, expected = make_params([33], seed=3)[0], make_params([33], seed=3)[0]

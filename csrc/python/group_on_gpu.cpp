@@ -6,14 +6,13 @@
 
 namespace sgdr {
 
-GroupOnGpu::GroupOnGpu(py::object device_state, PyObject* state)
+GroupOnGpu::GroupOnGpu(py::object device_state, PyObject* params, PyObject* state)
     : device_state_(std::move(device_state)),
       memory_(THPVariable_Unpack(device_state_.attr("memory").ptr())) {
-  for (const py::handle param : py::list(device_state_.attr("params"))) {
+  for (const py::handle param : py::reinterpret_borrow<py::list>(params)) {
     PyObject* const of_param = find(state, param.ptr());
     const auto stored = [&](Role role) { return WeakTensor(tensor_in(of_param, name_of(role))); };
-    params_.push_back({WeakTensor(&THPVariable_Unpack(param.ptr())),
-                       {stored(kMomentumBuffer), stored(kEma), stored(kMasterParam)}});
+    params_.push_back({param.ptr(), {stored(kMomentumBuffer), stored(kEma), stored(kMasterParam)}});
   }
 }
 
@@ -22,7 +21,7 @@ bool GroupOnGpu::belongs_to(PyObject* params) const {
     return false;
   for (size_t i = 0; i < params_.size(); ++i) {
     PyObject* const param = PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i));
-    if (!THPVariable_Check(param) || !params_[i].param.is(&THPVariable_Unpack(param))) return false;
+    if (param != params_[i].param || !THPVariable_Check(param)) return false;
   }
   return THPVariable_Unpack(PyList_GET_ITEM(params, 0)).device() == memory_.device();
 }

@@ -24,8 +24,8 @@ class GroupOnGpu {
   // kSchedule: the kernel computes the LR anew, because an option of the schedule has changed.
   LrSource lr_source = LrSource::kState;
 
-  // A sgdr_fused.device_state.DeviceState, and optimizer.state.
-  GroupOnGpu(py::object device_state, PyObject* state);
+  // A sgdr_fused.device_state.DeviceState, the list of the group's parameters, optimizer.state.
+  GroupOnGpu(py::object device_state, PyObject* params, PyObject* state);
 
   const py::object& device_state() const { return device_state_; }
   const at::Tensor& memory() const { return memory_; }
@@ -51,7 +51,7 @@ class GroupOnGpu {
 
  private:
   struct Param {
-    WeakTensor param;
+    PyObject* param;                         // for comparison only
     std::array<WeakTensor, kRoles> tensors;  // the state tensors that the flags describe
   };
 

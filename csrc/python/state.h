@@ -46,10 +46,8 @@ class ParamsWithState {
   // False if a parameter is no tensor.
   template <class Groups>
   bool update(const Groups& groups, PyObject* state) {
-    if (state_.matches(state) && holds_params_of(groups)) return true;
-    state_.clear();
-    found_.clear();
-    group_ends_.clear();
+    if (is_valid_ && state_.matches(state) && holds_params_of(groups)) return true;
+    clear();
     // Python code may change lists and dicts while they are read.
     std::vector<py::object> lists;
     for (const auto& group : groups)
@@ -63,6 +61,7 @@ class ParamsWithState {
       group_ends_.push_back(found_.size());
     }
     state_.take(state);
+    is_valid_ = true;
     return true;
   }
 
@@ -79,13 +78,16 @@ class ParamsWithState {
 
   void end_step() { owned_.clear(); }
 
+  // The next step looks everything up again.
+  void invalidate() { is_valid_ = false; }
+
+ private:
   void clear() {
-    state_.clear();
+    is_valid_ = false;
     found_.clear();
     group_ends_.clear();
   }
 
- private:
   void own(const ParamAndState& param) {
     owned_.push_back(py::reinterpret_borrow<py::object>(param.param));
     if (param.state != nullptr) owned_.push_back(py::reinterpret_borrow<py::object>(param.state));
@@ -106,6 +108,7 @@ class ParamsWithState {
     return true;
   }
 
+  bool is_valid_ = false;
   DictSnapshot state_;
   std::vector<ParamAndState> found_;
   std::vector<size_t> group_ends_;  // in found_

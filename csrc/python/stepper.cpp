@@ -64,7 +64,7 @@ struct Stepper::RunningStep {
     stepper.owns_ = false;
     if (!is_kept) {
       stepper.groups_before_.restore();
-      stepper.params_.clear();
+      stepper.params_.invalidate();
       for (ParamGroup& group : stepper.groups_) group.forget();
     }
     stepper.groups_before_.forget();
@@ -99,6 +99,7 @@ bool Stepper::step(const py::object& param_groups, const py::object& state,
   }
   // From the first write on, nothing runs Python code.
   new_state_.prepare(state);
+  if (!new_state_.empty()) params_.invalidate();  // it has put new dicts into the state
   run({grad_scale, found_inf}, scale, *clip_coefficient);
   store();
   advance(!found_inf.is_none() || clipping_.skip_nonfinite);
@@ -180,7 +181,7 @@ void Stepper::sync_group(ParamGroup& group, const py::object& dict, const py::ob
     synced.on_gpu = std::move(group.on_gpu);
     synced.on_gpu->lr_source = LrSource::kSchedule;
   } else if (!device_state.is_none()) {
-    synced.on_gpu = std::make_unique<GroupOnGpu>(device_state, state.ptr());
+    synced.on_gpu = std::make_unique<GroupOnGpu>(device_state, synced.params(), state.ptr());
   }
   group = std::move(synced);
 }

@@ -125,8 +125,8 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
 
 bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
   own(tensors);
-  for (const at::Tensor* tensor : {tensors.param, tensors.grad, tensors.momentum_buffer, tensors.ema,
-                                   tensors.low_precision_param}) {
+  for (const at::Tensor* tensor : {tensors.param, tensors.grad, tensors.momentum_buffer,
+                                   tensors.ema, tensors.low_precision_param}) {
     if (tensor == nullptr) continue;
     if (tensor->layout() != at::kStrided) return false;
     // Of shards, only the whole tensors' shapes can tell that they do not fit.
@@ -165,8 +165,8 @@ bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
 }
 
 // The tensor as plain memory of real numbers, or null. It shares the tensor's storage, except for a
-// lazy conjugate or negative and for a gradient made in inference mode, which are copied. A tensor
-// to be written may not have several elements at one address.
+// lazy conjugate or negative and for a gradient of integers or made in inference mode, which are
+// copied. A tensor to be written may not have several elements at one address.
 const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor& param,
                                       bool is_written) {
   at::Tensor plain = tensor;
@@ -184,6 +184,8 @@ const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor
     if (is_written) copies_.push_back({&kept_alive_.emplace_back(plain), &lazy});
   }
   if (!is_written && (plain.is_inference() || plain._is_zerotensor())) plain = plain.clone();
+  if (!is_written && at::isIntegralType(plain.scalar_type(), /*includeBool=*/true))
+    plain = plain.to(param.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   if (plain.is_complex()) plain = at::view_as_real(plain);
   return &kept_alive_.emplace_back(std::move(plain));
 }

@@ -1,6 +1,7 @@
 # make demo: trains on real data with the pair and with FusedSGDR.
 # make test: the tests of every behaviour, a few minutes. make test-all: every test, those marked
 # "exhaustive" too: bugs planted in the CUDA kernels, all architectures, full products of options.
+# make sanitize: memory errors and data races, found by GCC's sanitizers.
 # make examples: all examples, some minutes. make docs: the documentation as a site.
 # make gpu-package: what a machine with a GPU needs to run tests and benchmark, in .gpu/.
 # Each makes its own virtual environment first, and again only when something was changed.
@@ -15,7 +16,7 @@ DOCS_STAMP := $(VENV)/installed-docs
 SITE := docs/_build/html
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo examples test test-all benchmark gpu-package docs lint format clean
+.PHONY: demo examples test test-all sanitize benchmark gpu-package docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
@@ -29,6 +30,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/pytest
+
+sanitize: $(STAMP)
+	BIN=$(BIN) tests/sanitize/run address
+	BIN=$(BIN) tests/sanitize/run thread
 
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.step

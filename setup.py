@@ -46,6 +46,11 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+# By the value of SGDR_FUSED_SANITIZE. A line number says where; -O1 keeps the build short.
+SANITIZER_FLAGS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo"]
 NVCC_HOST_FLAGS = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -104,6 +109,14 @@ def cuda_architectures(toolkit: Path) -> str:
     return ";".join(a for a, name in pairs if name in known.stdout.split()) + "+PTX"
 
 
+def sanitizer_flags() -> list[str]:
+    """The compiler's flags for SGDR_FUSED_SANITIZE=address or =thread; none if it is not set."""
+    name = os.environ.get("SGDR_FUSED_SANITIZE")
+    if not name:
+        return []
+    return [*SANITIZER_FLAGS[name], "-O1", "-g1", "-fno-omit-frame-pointer"]
+
+
 def native_backend() -> dict[str, object]:
     """The arguments of setup() that build the extension; none where it is not to be built.
 
@@ -152,7 +165,7 @@ def native_backend() -> dict[str, object]:
             (folder / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
 
     werror = os.environ.get("SGDR_FUSED_WERROR") == "1"
-    flags = {"cxx": CXX_FLAGS + (["-Werror"] if werror else [])}
+    flags = {"cxx": CXX_FLAGS + sanitizer_flags() + (["-Werror"] if werror else [])}
     if toolkit is None:
         say(f"building the CPU backend for torch {torch.__version__}; no CUDA backend: {why}")
         extension = CppExtension("sgdr_fused._native", SOURCES, extra_compile_args=flags)

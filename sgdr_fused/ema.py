@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ __all__ = ["averages_by_name", "swapped_in"]
 
 @contextmanager
 def swapped_in(
-    param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+    param_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    lock: AbstractContextManager[Any],
 ) -> Iterator[None]:
     """Swaps the averages in for a ``with`` block; see :meth:`~sgdr_fused.FusedSGDR.swap_ema`.
 
     Args:
         param_groups: The optimizer's.
         state: The optimizer's, on the host.
+        lock: The optimizer's; no other thread's step may run while values are copied.
     """
     averages = {
         param: state[param]["ema"]
@@ -28,14 +31,15 @@ def swapped_in(
         if state.get(param, {}).get("ema") is not None
     }
     # All before the first is overwritten: parameters may share memory.
-    own = {param: param.detach().clone() for param in averages}
+    with lock:
+        own = {param: param.detach().clone() for param in averages}
     try:
-        with torch.no_grad():
+        with lock, torch.no_grad():
             for param, ema in averages.items():
                 param.copy_(ema)
         yield
     finally:
-        with torch.no_grad():
+        with lock, torch.no_grad():
             for param, value in own.items():
                 param.copy_(value)
 

@@ -250,10 +250,11 @@ class FusedSGDR(ScheduledOptimizer):
         """
         if self._is_swapped:
             raise RuntimeError("swap_ema() was called within a swap_ema() block")
-        _, state = self._on_host()
-        self._is_swapped = True
+        with self._lock:
+            _, state = self._on_host()
+            self._is_swapped = True
         try:
-            with ema.swapped_in(self.param_groups, state):
+            with ema.swapped_in(self.param_groups, state, self._lock):
                 yield
         finally:
             self._is_swapped = False

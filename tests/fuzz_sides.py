@@ -158,7 +158,6 @@ class Picture:
         for attribute in ("max_grad_norm", "skip_nonfinite", "grad_scale", "found_inf"):
             self._add(attribute, getattr(optimizer, attribute, None))
         self._add("defaults", sorted(optimizer.defaults))
-        self._add("hooks", [len(p._post_accumulate_grad_hooks or ()) for p in side.pool])
         self._add("calls", list(side.calls))
 
     @staticmethod

@@ -69,6 +69,7 @@ struct Stepper::RunningStep {
     }
     stepper.groups_before_.forget();
     stepper.group_dicts_.clear();
+    stepper.param_lists_.clear();
     stepper.lock_->end_step();
   }
 
@@ -155,6 +156,7 @@ void Stepper::sync_groups(const py::object& param_groups, const py::object& stat
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (!are_unchanged && !groups_[i].is_current(group_dicts_[i].ptr()))
       sync_group(groups_[i], group_dicts_[i], state);
+    param_lists_.push_back(py::reinterpret_borrow<py::object>(groups_[i].params()));
     groups_[i].first_param = static_cast<uint32_t>(first_param);
     first_param += groups_[i].size();
   }

@@ -90,6 +90,7 @@ class Stepper {
 
   // The step under way.
   std::vector<py::object> group_dicts_;
+  std::vector<py::object> param_lists_;
   GroupsBefore groups_before_;
   bool owns_ = false;
   DeviceStep host_;

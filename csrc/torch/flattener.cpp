@@ -148,6 +148,7 @@ bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
                                   .low_precision_param = plain(tensors.low_precision_param, true)};
   if (!is_known || share_memory(all_plain)) return false;
   const at::Tensor* const layout = to_layout_of(*all_plain.param, *all_plain.param, true);
+  if (layout == nullptr) return false;
   const auto flat = [&](const at::Tensor* tensor, bool is_written) -> const at::Tensor* {
     if (tensor == nullptr) return nullptr;
     const at::Tensor* const result = to_layout_of(*tensor, *layout, is_written);
@@ -191,11 +192,15 @@ const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor
 }
 
 // The tensor itself, or a copy whose elements lie in the order of another's; null if the shapes
-// differ.
+// differ, or if a second copy of the same memory would be written back.
 const at::Tensor* Flattener::to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
                                           bool is_written) {
   if (!tensor.sizes().equals(other.sizes())) return nullptr;
   if (has_layout_of(tensor, other)) return &tensor;
+  for (const Copy& before : copies_) {
+    if (is_written && tensor.numel() != 0 && before.original->data_ptr() == tensor.data_ptr())
+      return nullptr;
+  }
   const c10::InferenceMode off(false);
   at::Tensor& copy =
       kept_alive_.emplace_back(at::empty_like(other, other.options().dtype(tensor.scalar_type())));

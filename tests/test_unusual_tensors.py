@@ -164,14 +164,15 @@ def test_parameters_tied_by_data_are_updated_in_order(backend, size):
         assert torch.equal(ours[0], theirs[0])
 
 
-def test_parameters_tied_by_data_with_gaps_are_updated_in_order():
-    """The native step wrote back a copy of each, so that one update was lost."""
+@pytest.mark.parametrize("kind", ["gaps", "negative"])
+def test_copied_parameters_tied_by_data_are_updated_in_order(kind):
+    """The native step wrote back a copy over the other's update."""
     both = []
     for _ in range(2):
         base = numbers(34)[::2]
         both.append([torch.nn.Parameter(base.clone()) for _ in range(2)])
-        for param in both[-1]:
-            param.data = base
+        both[-1][0].data = base = base.contiguous() if kind == "negative" else base
+        both[-1][1].data = torch._neg_view(base) if kind == "negative" else base
     ours, theirs = both
     optimizer = FusedSGDR(ours, lr=0.1, momentum=0.9, T_0=9)
     reference = FusedSGDR(theirs, lr=0.1, momentum=0.9, T_0=9, backend="reference")

@@ -203,6 +203,7 @@ bool Stepper::gather(PyObject* state) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (!gather_group(i, params_.of_group(i), 0, true)) return false;
   }
+  if (host_.flattener.copies_shared_memory()) return false;
   // To release the GIL lets other threads in; to prepare new state runs Python code.
   if (cpu::is_worth_threads(host_.entries) || !new_state_.empty()) own();
   return true;

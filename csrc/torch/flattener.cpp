@@ -228,6 +228,20 @@ const at::Tensor* Flattener::own(const at::Tensor* tensor) {
   return &kept_alive_.emplace_back(*tensor);
 }
 
+bool Flattener::copies_shared_memory() const {
+  for (const Copy& copy : copies_) {
+    for (const ParamTensors& tensors : flattened_) {
+      for (const at::Tensor* tensor :
+           {tensors.param, tensors.momentum_buffer, tensors.ema, tensors.low_precision_param}) {
+        if (tensor != nullptr && tensor->numel() != 0 && tensor->is_alias_of(*copy.original) &&
+            tensor->data_ptr() == copy.original->data_ptr())
+          return true;
+      }
+    }
+  }
+  return false;
+}
+
 void Flattener::finish() {
   // A copy may be of another copy, made before it.
   for (auto it = copies_.rbegin(); it != copies_.rend(); ++it) it->original->copy_(*it->copy);

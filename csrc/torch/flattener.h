@@ -45,6 +45,10 @@ class Flattener {
   // may drop them, because the GIL is released or Python code runs.
   void own();
 
+  // Whether a copy that finish() would write back is of memory that another parameter's tensor has,
+  // too: one of the two updates would be lost.
+  bool copies_shared_memory() const;
+
   // After the backend has run: writes copies back, and bumps the versions of what was written.
   void finish();
 

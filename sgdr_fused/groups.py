@@ -27,7 +27,6 @@ __all__ = [
     "kept_on_success",
     "listed",
     "move_group",
-    "moved_group",
     "position_of",
     "sync_group",
 ]
@@ -242,17 +241,6 @@ def advance_group(group: MutableMapping[str, Any]) -> bool:
     if was_set_by_hand and not schedule.changes_lr(position):
         group["lr"] = lr
     return schedule.is_restart(position)
-
-
-def moved_group(group: Mapping[str, Any], position: Position) -> dict[str, Any]:
-    """A group as :func:`move_group` leaves it; the argument is not written.
-
-    Raises:
-        ValueError: An option is not valid.
-    """
-    moved = dict(group)
-    move_group(moved, position)
-    return moved | check_group(moved, is_on_gpu=True)
 
 
 def is_unchanged(group: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

@@ -79,11 +79,7 @@ def refuse_scaled_step(optimizer: Optimizer) -> None:
     Raises:
         RuntimeError: A GradScaler has set its attributes.
     """
-    amp = vars(optimizer)
-    if "found_inf" in amp:
-        # The scaler deletes them after a step, but not after an error, and would then use the
-        # scale twice.
-        amp.pop("found_inf"), amp.pop("grad_scale", None)
+    if "found_inf" in vars(optimizer):
         raise RuntimeError(_NO_SCALER)
 
 

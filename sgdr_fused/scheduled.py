@@ -7,7 +7,7 @@ from typing import Any
 
 from sgdr_fused.base import SteppedOptimizer
 from sgdr_fused.device_state import restart_group
-from sgdr_fused.groups import index_of_group, kept_on_success, moved_group, position_of
+from sgdr_fused.groups import index_of_group, kept_on_success, move_group, position_of
 from sgdr_fused.restart_hook import RestartHook
 from sgdr_fused.schedule import CosineWarmRestarts, Position
 
@@ -109,10 +109,6 @@ class ScheduledOptimizer(SteppedOptimizer):
             ValueError: ``step`` is out of its range or not an integer.
         """
         with self._lock, kept_on_success(self.param_groups):
-            moved = [
-                moved_group(group, CosineWarmRestarts.of_group(group).position(step))
-                for group in self.param_groups
-            ]
-            for group, entries in zip(self.param_groups, moved, strict=True):
-                group.update(entries)
+            for group in self.param_groups:
+                move_group(group, CosineWarmRestarts.of_group(group).position(step))
             self._begin()

@@ -70,6 +70,16 @@ def on_copies(optimizer, params):
     return copies
 
 
+def assert_goes_on_as(pair, theirs, optimizer, taken_after):
+    """Steps both on from there, and compares after each step."""
+    ours = on_copies(optimizer, theirs)
+    for step in range(taken_after, taken_after + STEPS_AFTER):
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+
+
 # T_0, T_mult, and the step of the hand-over: at the start, within a cycle, before its last step,
 # at a restart and after it, and far along.
 HAND_OVERS = [
@@ -87,12 +97,7 @@ def test_training_continues_exactly_after_from_pair(backend, T_0, T_mult, taken_
     optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler, backend=backend)
     assert optimizer.param_groups[0]["step"] == taken_after
     assert optimizer.backend == backend
-    ours = on_copies(optimizer, theirs)
-    for step in range(taken_after, taken_after + STEPS_AFTER):
-        give_gradients(step, ours, theirs)
-        optimizer.step()
-        pair.step()
-        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+    assert_goes_on_as(pair, theirs, optimizer, taken_after)
 
 
 @pytest.mark.parametrize(("T_0", "T_mult", "taken_after"), HAND_OVERS)
@@ -275,12 +280,7 @@ def test_from_pair_takes_a_warm_up_and_cosine_over_exactly(backend, taken_after)
     optimizer = FusedSGDR.from_pair(pair.sgd, pair.scheduler, backend=backend)
     assert optimizer.param_groups[0]["step"] == taken_after
     assert optimizer.param_groups[0]["warmup_steps"] == 5
-    ours = on_copies(optimizer, theirs)
-    for step in range(taken_after, taken_after + STEPS_AFTER):
-        give_gradients(step, ours, theirs)
-        optimizer.step()
-        pair.step()
-        assert_same(optimizer, ours, pair, theirs, f"after step {step}")
+    assert_goes_on_as(pair, theirs, optimizer, taken_after)
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,14 +57,8 @@ class ReferenceStepper:
             ValueError: An option is out of its range.
             TypeError: The groups or the state are no such thing.
         """
-        check_groups(param_groups)
-        if not isinstance(state, dict):
-            raise TypeError(
-                f"optimizer.state is of type {type(state).__name__}, but must be a dict"
-            )
-        with kept_on_success(param_groups):
-            for group in param_groups:
-                sync_group(group)
+        with self._synced(param_groups, state):
+            pass
 
     # torch.compile of torch 2.11 would trace this at a graph break, and then round add(alpha=...)
     # twice.
@@ -91,9 +85,7 @@ class ReferenceStepper:
             ValueError: An option, gradient or buffer is not valid; nothing was written.
             RuntimeError: A gradient is sparse or a parameter overlaps itself; nothing was written.
         """
-        check_groups(param_groups)
-        with self._lock, kept_on_success(param_groups):
-            self.sync(param_groups, state)
+        with self._synced(param_groups, state):
             if found_inf is not None and float(found_inf) != 0:
                 count_skipped(param_groups)
                 return True
@@ -125,12 +117,27 @@ class ReferenceStepper:
             ValueError: As for :meth:`step`.
             RuntimeError: As for :meth:`step`.
         """
-        check_groups(param_groups)
-        with self._lock, torch.no_grad(), kept_on_success(param_groups):
-            self.sync(param_groups, state)
+        with self._synced(param_groups, state), torch.no_grad():
             check_tensors(param_groups, state, only=index)
             update_params(param_groups, state, only=index)
         return True
+
+    @contextmanager
+    def _synced(
+        self,
+        param_groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+    ) -> Iterator[None]:
+        """Syncs the groups, which an error within the ``with`` block puts back."""
+        check_groups(param_groups)
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"optimizer.state is of type {type(state).__name__}, but must be a dict"
+            )
+        with self._lock, kept_on_success(param_groups):
+            for group in param_groups:
+                sync_group(group)
+            yield
 
 
 def _frames_to_caller() -> int:

@@ -23,6 +23,12 @@ def refused(function):
     return fault(function)
 
 
+def is_plain(tensor):
+    """Whether the native step works on its memory as it is."""
+    is_dense = torch.empty_like(tensor).stride() == tensor.stride()
+    return is_dense and not tensor.is_conj() and not tensor.is_neg()
+
+
 def _set_grad(param, grad):
     """Sets a gradient, also one that does not fit, and returns the way back."""
     before, data = param.grad, param.data
@@ -176,7 +182,7 @@ def inference_tensor_as_parameter(side, param):
 @fault
 def two_parameters_in_the_same_memory(side, param):
     others = [p for p in side.params_in_groups() if p is not param and p.shape == param.shape]
-    others = [p for p in others if p.dtype == param.dtype]
+    others = [p for p in others if p.dtype == param.dtype and is_plain(p)]
     return _set_data(param, others[0].data) if others else None
 
 
@@ -404,7 +410,7 @@ def parameter_that_is_no_tensor(side, param):
 @fault
 def parameter_listed_twice(side, param):
     params = side.optimizer.param_groups[-1]["params"]
-    if not isinstance(params, list) or not params:
+    if not isinstance(params, list) or not params or not is_plain(params[0]):
         return None
     params.append(params[0])
     return params.pop

@@ -225,17 +225,23 @@ bad_edits = st.tuples(
 
 @st.composite
 def group_options(draw_value):
-    """Options of a new group that fit together."""
-    wanted = draw_value(st.lists(st.sampled_from(list(GOOD)), max_size=8, unique=True))
-    options = {name: draw_value(_as_any_type(GOOD[name])) for name in sorted(wanted)}
-    plain = {name: value.value for name, value in options.items()}
-    if plain.get("nesterov") and (not plain.get("momentum") or plain.get("dampening")):
-        options["momentum"], options["dampening"] = As(0.9, "plain"), As(0, "plain")
-    if plain.get("stochastic_rounding") and plain.get("master_weights"):
+    """Options of a new group that fit together, among them often those that are about the update."""
+
+    def pick(*values):
+        return draw_value(st.sampled_from(values))
+
+    names = draw_value(st.lists(st.sampled_from(list(GOOD)), max_size=6, unique=True))
+    options = {name: pick(*GOOD[name]) for name in names}
+    options["momentum"] = pick(0.9, 0.5, 1.25, 0)
+    options |= pick({"nesterov": True}, {"dampening": 0.3}, {})
+    options |= pick({"stochastic_rounding": True}, {"master_weights": True}, {}, {})
+    if options.get("nesterov"):
+        options |= {"momentum": options["momentum"] or 0.9, "dampening": 0}
+    if options.get("stochastic_rounding") and options.get("master_weights"):
         del options["master_weights"]
-    if plain.get("eta_min", -1) >= min(plain.get("lr", 0.1), plain.get("initial_lr", 0.1)):
+    if options.get("eta_min", -1) >= min(options.get("lr", 0.1), options.get("initial_lr", 0.1)):
         del options["eta_min"]
-    return options
+    return {name: As(value, draw_value(number_types)) for name, value in options.items()}
 
 
 class NewGroup(NamedTuple):

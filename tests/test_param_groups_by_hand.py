@@ -54,6 +54,20 @@ def test_params_that_are_no_list_are_listed_once(backend, make):
     assert type(optimizer.param_groups[0]["params"]) is list
 
 
+def test_parameter_that_is_listed_twice_is_updated_twice(backend):
+    """torch.optim.SGD gives both places a new momentum buffer in the first step; the reference used
+    the first place's in the second."""
+    ours, theirs = make_params([33, 2]), make_params([33, 2])
+    optimizer, pair = FusedSGDR(ours, backend=backend, **OPTIONS), Pair(theirs, **OPTIONS)
+    optimizer.param_groups[0]["params"].append(ours[0])
+    pair.param_groups[0]["params"].append(theirs[0])
+    for step in range(6):
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        pair.step()
+        assert_same(optimizer, ours, pair, theirs)
+
+
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "grad_scaler"])
 def test_generator_is_listed_once_at_a_first_step_that_clips(backend, scaled):
     """What looks at the parameters before the step must not use the generator up."""

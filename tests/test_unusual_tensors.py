@@ -265,6 +265,15 @@ def test_gradient_may_be_the_parameter_but_not_a_shift_of_it(backend):
     assert param.tolist() == [0.5] * 17
 
 
+def test_gradient_may_be_the_parameter_that_has_a_master_copy(backend):
+    param = torch.nn.Parameter(torch.full([3], 1.5, dtype=torch.float16))
+    optimizer = FusedSGDR([param], lr=0.125, T_0=3, master_weights=True, backend=backend)
+    param.grad = param.detach()
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["master_param"], torch.full([3], 1.5 - 1.5 * 0.125))
+    assert torch.equal(param, torch.full([3], 1.5 - 1.5 * 0.125, dtype=torch.float16))
+
+
 # --------------------------------------------------------------------------------------- subclasses
 
 

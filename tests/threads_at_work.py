@@ -37,7 +37,8 @@ def steps_of(backend):
 def make_optimizer(backend, numel=NUMEL, **options):
     """An optimizer of two groups with equal numbers in all elements, and gradients of ones."""
     params = [torch.nn.Parameter(torch.zeros(numel)) for _ in range(2)]
-    options = {"lr": 0.1, "momentum": 0.9, "T_0": 7, "max_grad_norm": 1e9} | options
+    options = {"max_grad_norm": 1e9, "skip_nonfinite": True} | options
+    options = {"lr": 0.1, "momentum": 0.9, "T_0": 7} | options
     groups = [{"params": [param]} for param in params]
     optimizer = FusedSGDR(groups, backend=backend, **options)
     for param in params:

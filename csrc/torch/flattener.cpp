@@ -15,7 +15,8 @@ SGDR_INLINE bool has_layout_of(const at::Tensor& tensor, const at::Tensor& other
   return other.is_non_overlapping_and_dense() && tensor.strides().equals(other.strides());
 }
 
-// Whether writing one of the tensors changes another. Only a gradient may be the parameter itself.
+// Whether writing one of the tensors changes another. Only a gradient may be the parameter itself, or
+// the low-precision one where the parameter is its master.
 bool share_memory(const ParamTensors& tensors) {
   const at::Tensor* const state[] = {tensors.momentum_buffer, tensors.ema,
                                      tensors.low_precision_param};
@@ -27,7 +28,10 @@ bool share_memory(const ParamTensors& tensors) {
     return status == at::MemOverlapStatus::No || status == at::MemOverlapStatus::TooHard;
   };
   for (size_t i = 0; i < std::size(state); ++i) {
-    if (!is_safe(overlap(state[i], tensors.param)) || !is_safe(overlap(state[i], tensors.grad)))
+    if (!is_safe(overlap(state[i], tensors.param))) return true;
+    const at::MemOverlapStatus with_grad = overlap(state[i], tensors.grad);
+    const bool may_be_grad = state[i] == tensors.low_precision_param;
+    if (!is_safe(with_grad) && !(may_be_grad && with_grad == at::MemOverlapStatus::Full))
       return true;
     for (size_t j = 0; j < i; ++j) {
       if (!is_safe(overlap(state[i], state[j]))) return true;
@@ -56,8 +60,9 @@ SGDR_INLINE bool share_memory(const TensorEntry& entry) {
   if (entry.ema == nullptr && entry.low_precision_param == nullptr) return false;
   const Range ema(entry.ema, entry.numel, arithmetic_type(entry.param_type));
   const Range low_precision(entry.low_precision_param, entry.numel, entry.low_precision_type);
+  if (low_precision.meets(grad) && low_precision.begin != grad.begin) return true;
   return ema.meets(param) || ema.meets(grad) || ema.meets(buffer) || low_precision.meets(param) ||
-         low_precision.meets(grad) || low_precision.meets(buffer) || low_precision.meets(ema);
+         low_precision.meets(buffer) || low_precision.meets(ema);
 }
 
 }  // namespace

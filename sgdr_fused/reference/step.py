@@ -100,17 +100,21 @@ def update_params(
         coefficient: The factor that clipping multiplies them by.
         only: Index over all groups of the one parameter to update; None: all.
     """
-    param_index = -1
-    for group in param_groups:
-        for param in group["params"]:
-            param_index += 1
-            if only not in (None, param_index) or param.grad is None:
-                continue
-            key = RandomKey(group["seed"], group["step"], param_index)
-            multiplier = -coefficient if group["maximize"] else coefficient
-            new = _update(group, param, state.get(param, {}), grad_scale, multiplier, key)
-            if new:
-                state.setdefault(param, {}).update(new)
+    # Before the first update, as torch.optim.SGD does it: a parameter that is listed twice gets a new
+    # state twice, and keeps the second.
+    entries = [
+        (group, param, dict(state.get(param, {})))
+        for group in param_groups
+        for param in group["params"]
+    ]
+    for param_index, (group, param, of_param) in enumerate(entries):
+        if only not in (None, param_index) or param.grad is None:
+            continue
+        key = RandomKey(group["seed"], group["step"], param_index)
+        multiplier = -coefficient if group["maximize"] else coefficient
+        new = _update(group, param, of_param, grad_scale, multiplier, key)
+        if new:
+            state.setdefault(param, {}).update(new)
 
 
 def _norm_of_grads(param_groups: Sequence[MutableMapping[str, Any]], grad_scale: float) -> float:

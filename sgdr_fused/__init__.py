@@ -6,6 +6,7 @@ from sgdr_fused.optimizer import FusedSGDR
 from sgdr_fused.range_test import RangeTest, lr_range_test
 from sgdr_fused.saving import load, save
 from sgdr_fused.schedule import CosineWarmRestarts, Position, fit_T_0
+from sgdr_fused.version import __version__
 
 __all__ = [
     "CosineWarmRestarts",
@@ -13,6 +14,7 @@ __all__ = [
     "FusedSGDR",
     "Position",
     "RangeTest",
+    "__version__",
     "fit_T_0",
     "load",
     "lr_range_test",

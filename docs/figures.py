@@ -1,4 +1,4 @@
-"""Draws the curves of the pages: `python docs/figures.py`; needs scikit-learn.
+"""Draws the figures of the pages: `python docs/figures.py`; needs scikit-learn.
 
 figures/how_it_works.svg is written by hand.
 """
@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import tables
 import torch
 from sklearn.datasets import load_digits
 
@@ -66,6 +67,31 @@ def draw(name: str) -> None:
     plt.close(figure)
 
 
+def draw_h100() -> None:
+    """Writes the README's picture: the pair and FusedSGDR on a GPU, eager and in a graph."""
+    cases = tables.benchmark("gpu_h100")["cases"]
+    figure, panels = plt.subplots(1, len(cases), figsize=(10, 2.8), layout="constrained")
+    for axes, case in zip(panels, cases, strict=True):
+        steps = tables.steps_of(case)
+        for color, label, names in (
+            (ORANGE, "SGD(fused=True) + scheduler", (tables.FUSED, tables.IN_GRAPH)),
+            (BLUE, "FusedSGDR", (tables.OURS, tables.OURS_IN_GRAPH)),
+        ):
+            places = [0, 1] if color == ORANGE else [0.4, 1.4]
+            bars = axes.bar(places, [steps[n] for n in names], 0.38, color=color, label=label)
+            axes.bar_label(bars, [tables.time(steps[n]) for n in names], fontsize=8, padding=2)
+        axes.set_xticks([0.2, 1.2], ["", "in a CUDA graph"], fontsize=9)
+        axes.set_yticks([])
+        axes.margins(y=0.15)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_title(case["title"].replace(", ", "\n", 1).replace(" of ", "\nof "), fontsize=10)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2)
+    figure.savefig(FOLDER / "h100.svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+
+
 def draw_lr_range_test() -> None:
     """Writes the picture of a range test, as the recipe does it."""
     torch.manual_seed(0)
@@ -93,5 +119,6 @@ if __name__ == "__main__":
     with plt.rc_context(STYLE):
         for name in FIGURES:
             draw(name)
+        draw_h100()
         with plt.rc_context({"savefig.transparent": True}):
             draw_lr_range_test()

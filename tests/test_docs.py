@@ -1,7 +1,10 @@
 """The pages: their code runs, their links exist, and the site needs no network."""
 
+import dataclasses
 import inspect
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import warnings
@@ -14,10 +17,13 @@ import torch
 from pages import DOCS, REPOSITORY
 
 import sgdr_fused
-from sgdr_fused import FusedSGDR
+from sgdr_fused import FusedSGDR, in_backward, restart_hook, snapshots, trainers
+from sgdr_fused.cli.main import main
+from sgdr_fused.options import OPTIONS, Support
 from sgdr_fused.snapshots import Snapshots
 
-PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
 PROSE = [*PAGES, *(REPOSITORY / name for name in ("CHANGELOG.md", "CONTRIBUTING.md"))]
 FOR_GPU = [page for page in PAGES if any(pages.GPU in b.needs for b in pages.blocks(page))]
 
@@ -86,6 +92,109 @@ def test_links_are_well_formed_and_files_exist(page):
             assert (page.parent / parts.path).exists(), link
 
 
+@pytest.mark.parametrize("page", PROSE, ids=by_name)
+def test_every_table_has_a_heading(page):
+    for heading in re.findall(r"^(\|.*\|)\n\|[ :|-]+\|$", page.read_text(), re.M):
+        assert heading.strip("| "), page
+
+
+@pytest.mark.parametrize("page", PROSE, ids=by_name)
+def test_code_is_as_wide_as_the_site(page):
+    """More than 88 columns run off a page of the site in a window of 1300 pixels."""
+    for block in pages.blocks(page):
+        if block.language in ("python", "sh", "console"):
+            for number, line in enumerate(block.text.splitlines(), block.line):
+                assert len(line) <= 88, f"{page.name}:{number}"
+
+
+def test_command_prints_what_the_page_shows(tmp_path, monkeypatch, capsys):
+    """The lines below a command are some of those that it prints, in this order."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    commands = 0
+    for page in PAGES:
+        for block in pages.blocks(page):
+            if block.language == "console":
+                for command in re.split(r"^\$ ", block.text, flags=re.M)[1:]:
+                    typed, *shown = command.splitlines()
+                    program, *arguments = shlex.split(typed)
+                    assert program == "sgdr-fused"
+                    main(arguments)
+                    printed = iter(capsys.readouterr().out.splitlines())
+                    assert all(line in printed for line in shown), typed
+                    commands += 1
+    assert commands == 4
+
+
+def test_page_of_options_says_when_to_use_each_that_the_pair_lacks():
+    page = (DOCS / "which_option.md").read_text()
+    for option in OPTIONS:
+        if option.pair in (Support.DEFAULT_ONLY, Support.NOT_NEEDED):
+            assert f"`{option.name}=" in page, option.name
+
+
+# ------------------------------------------------------------------------------------- the README
+
+
+def test_readme_shows_first_what_it_is_then_install_code_table_and_picture():
+    first_screen = README.read_text().split("\n## ")[0]
+    kinds = re.findall(r"^(?:```(\w+)|(\|) ---|(!)\[)", first_screen, re.M)
+    assert ["".join(kind) for kind in kinds if any(kind)] == ["sh", "python", "|", "!"]
+    assert (
+        len(next(b for b in pages.blocks(README) if b.language == "python").text.split("\n")) < 13
+    )
+
+
+def test_code_of_the_readme_needs_a_model_a_loader_and_a_loss_only():
+    pages.run(README, {name: pages.prelude()[name] for name in ("model", "loader", "loss_fn")})
+
+
+def test_links_of_the_readme_work_on_a_package_index():
+    for_index = runpy.run_path(str(DOCS / "readme.py"))["for_index"]
+    there = for_index(README.read_text(), {"Repository": "https://host.org/owner/name/"})
+    links = re.findall(r"\]\(([^)\s]+)\)", there)
+    assert len(links) == len(re.findall(r"\]\(", README.read_text())) > 10
+    assert all(link.startswith("https://") for link in links)
+    assert "](https://host.org/owner/name/blob/main/docs/install.md)" in there
+    assert "](https://host.org/owner/name/raw/main/docs/figures/h100.svg)" in there
+    assert "](https://host.org/owner/name#status)" in there
+
+    nowhere = for_index(README.read_text(), {})
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)\s]+)\)", nowhere))
+    assert "Installation has the details" in nowhere
+
+
+# ---------------------------------------------------------------------------- the measured numbers
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """docs/tables.py."""
+    return runpy.run_path(str(DOCS / "tables.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_numbers_on_the_page_are_those_of_the_results(page, tables):
+    """After a new measurement run: python docs/tables.py."""
+    assert tables["with_tables"](page.read_text()) == page.read_text()
+
+
+@pytest.mark.parametrize("page", PROSE, ids=by_name)
+def test_no_measured_time_stands_outside_the_tables(page, tables):
+    """Each has one source, a file of results: by hand it would be forgotten."""
+    by_hand = tables["BLOCK"].sub("", pages.text_of(page))
+    assert not re.search(r"\d\s?(µs|ms|ns)\b", by_hand), page
+    assert not re.search(r"\d\s?%? (times as )?(fast|slow)", by_hand), page
+
+
+def test_picture_of_the_readme_has_the_numbers_of_the_results(tables):
+    picture = (DOCS / "figures" / "h100.svg").read_text()
+    for case in tables["benchmark"]("gpu_h100")["cases"]:
+        steps = tables["steps_of"](case)
+        for name in ("FUSED", "IN_GRAPH", "OURS", "OURS_IN_GRAPH"):
+            assert tables["time"](steps[tables[name]]) in picture
+
+
 # -------------------------------------------------------------------------------------- the site
 
 
@@ -110,7 +219,7 @@ class _Resources(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The pages of the built site. A page in no table of contents, or a dead link, is an error."""
-    for module in ("sphinx", "myst_parser", "furo", "latex2mathml"):
+    for module in ("sphinx", "myst_parser", "furo", "latex2mathml", "sphinx_copybutton"):
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(DOCS), str(folder)]
@@ -136,13 +245,85 @@ def test_formulas_are_mathml(site):
         assert r"\eta" not in re.sub(r"<annotation.*?</annotation>", "", html)
 
 
+CLASSES = (
+    FusedSGDR,
+    sgdr_fused.CosineWarmRestarts,
+    sgdr_fused.EmaSchedule,
+    sgdr_fused.Position,
+    sgdr_fused.RangeTest,
+    Snapshots,
+    in_backward.StepInBackward,
+    restart_hook.RestartHook,
+    trainers.SchedulerView,
+)
+
+
+def members_of(cls):
+    """Names of the public methods and properties that the package gives to a class."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("sgdr_fused")]
+    members = {name: member for base in reversed(ours) for name, member in vars(base).items()}
+    return {
+        name
+        for name, member in members.items()
+        if not name.startswith("_") and (callable(member) or isinstance(member, property))
+    }
+
+
+def fields_of(cls):
+    if dataclasses.is_dataclass(cls):
+        return {field.name for field in dataclasses.fields(cls) if field.name[0] != "_"}
+    return set(getattr(cls, "_fields", ()))
+
+
 def test_reference_documents_every_public_name(site):
     html = site["api.html"].read_text()
-    for name in sgdr_fused.__all__:
-        assert f'id="sgdr_fused.{name}"' in html
-    for name, member in vars(sgdr_fused.FusedSGDR).items():
-        if not name.startswith("_") and (callable(member) or isinstance(member, property)):
-            assert f'id="sgdr_fused.FusedSGDR.{name}"' in html, name
+    for module in (sgdr_fused, snapshots, trainers):
+        for name in module.__all__:
+            assert f'id="{module.__name__}.{name}"' in html
+    assert {cls for cls in vars(sgdr_fused).values() if inspect.isclass(cls)} <= set(CLASSES)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_reference_documents_every_public_member(cls, site):
+    html = site["api.html"].read_text()
+    of_class = re.search(rf'id="(sgdr_fused\.(?:\w+\.)?{cls.__name__})"', html)[1]
+    for name in members_of(cls) - fields_of(cls):
+        assert f'id="{of_class}.{name}"' in html, name
+    for name in fields_of(cls):
+        assert f"<strong>{name}</strong>" in html, name
+
+
+def test_reference_names_every_command(site, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M)
+    assert {"schedule", "fit"} <= set(commands)
+    for command in commands:
+        assert f"sgdr-fused {command}" in (DOCS / "install.md").read_text()
+    assert 'href="install.html"' in site["api.html"].read_text()
+
+
+def test_code_on_the_site_has_copy_buttons_and_does_not_run_off_the_page(site):
+    for name in ("quick_start.html", "api.html"):
+        assert "copybutton.js" in site[name].read_text()
+    css = (site["index.html"].parent / "_static" / "site.css").read_text()
+    assert re.search(r"div\.highlight pre {[^}]*white-space: pre-wrap", css)
+
+
+def test_site_has_the_changelog(site):
+    html = site["changelog.html"].read_text()
+    version = re.search(r"^## ([\d.]+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)[1]
+    assert version in html
+    assert 'href="changelog.html"' in site["index.html"].read_text()
+
+
+def test_site_links_to_the_repository_if_the_project_has_one(site):
+    conf = runpy.run_path(str(DOCS / "conf.py"))
+    (link,) = conf["repository_link"]({"Repository": "https://host.org/name", "Issues": "x"})
+    assert link["url"] == "https://host.org/name"
+    assert conf["repository_link"]({}) == []
+    for shown in conf["repository_link"](conf["URLS"]):
+        assert f'href="{shown["url"]}"' in site["index.html"].read_text()
 
 
 # ---------------------------------------------------------------------------- the machinery itself

@@ -73,4 +73,4 @@ $(DOCS_STAMP): $(STAMP)
 	touch $(DOCS_STAMP)
 
 clean:
-	rm -rf build .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_built_for.py
+	rm -rf build .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_native.json

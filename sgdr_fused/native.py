@@ -1,40 +1,122 @@
-"""Loads the native extension, or says why there is none."""
+"""Finds and loads the native extension, or says why there is none."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["extension", "is_profiling", "why_missing"]
+from sgdr_fused.building.recipe import PACKAGE, BuiltFor
 
-REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
+__all__ = [
+    "HOW_TO_BUILD",
+    "builds_here",
+    "built_for",
+    "cache",
+    "extension",
+    "folder",
+    "is_profiling",
+    "why_missing",
+]
 
+HOW_TO_BUILD = "run: sgdr-fused build"
 
-def _load() -> tuple[Any, str]:
-    """The extension and an empty string, or None and the reason."""
-    try:
-        built_for = importlib.import_module("sgdr_fused._built_for").TORCH_VERSION
-    except ImportError:
-        return None, (
-            "the native extension was not built when sgdr_fused was installed "
-            "(was there a C++ compiler, and torch?); " + REBUILD
-        )
-    # Checked before loading: with another torch's layouts the extension would crash, not raise.
-    if built_for != torch.__version__:
-        return None, (
-            f"the native extension was built for torch {built_for}, "
-            f"but this is torch {torch.__version__}; {REBUILD}"
-        )
-    try:
-        return importlib.import_module("sgdr_fused._native"), ""
-    except ImportError as error:
-        return None, f"the native extension does not load ({error}); {REBUILD}"
+_HERE = BuiltFor.here(torch.__version__)
 
 
-extension, why_missing = _load()
+def cache() -> Path:
+    """The folder in which ``sgdr-fused build`` keeps its builds."""
+    if chosen := os.environ.get("SGDR_FUSED_CACHE"):
+        return Path(chosen)
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "sgdr_fused"
+
+
+def builds_here() -> list[Path]:
+    """The builds in the cache that fit this torch, this Python and these sources, newest first."""
+    name = f"torch-{_HERE.torch}_{_HERE.python}_{_HERE.sources}_"
+    found = cache().glob(f"{name}*/{BuiltFor.FILE}")
+    newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in newest_first]
+
+
+class _Loaded(NamedTuple):
+    extension: Any
+    folder: Path | None
+    built_for: BuiltFor | None
+    why_missing: str
+
+
+def _load() -> _Loaded:
+    """The extension, where it is and what it fits; or three times None, and the reason."""
+    why_not = ""
+    for folder in _candidates():
+        built_for = BuiltFor.read(folder)
+        if built_for is None:
+            continue
+        # Checked before loading: with another torch's layouts the extension would crash, not raise.
+        why_not = _mismatch(built_for)
+        if not why_not:
+            try:
+                return _Loaded(_import_from(folder), folder, built_for, "")
+            except ImportError as error:
+                why_not = f"the native backend in {folder} does not load ({error})"
+    why_not = why_not or f"it is not built for torch {torch.__version__}"
+    return _Loaded(None, None, None, f"{why_not}{_shadowed()}; {HOW_TO_BUILD}")
+
+
+def _candidates() -> Iterator[Path]:
+    yield PACKAGE
+    yield from builds_here()
+
+
+def _mismatch(built_for: BuiltFor) -> str:
+    if built_for.torch != _HERE.torch:
+        return f"it was built for torch {built_for.torch}, but this is torch {_HERE.torch}"
+    if built_for.python != _HERE.python:
+        return f"it was built for Python {built_for.python}, but this is {_HERE.python}"
+    if built_for.sources != _HERE.sources:
+        return "it was built from other sources"
+    return ""
+
+
+def _import_from(folder: Path) -> Any:
+    name = "sgdr_fused._native"
+    paths = [folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    spec = path and importlib.util.spec_from_file_location(name, path)
+    if not spec or not spec.loader:
+        raise ImportError("the file is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+def _shadowed() -> str:
+    """Says that Python has found a source tree before the installed package, if it has."""
+    if not (PACKAGE.parent / "setup.py").exists():
+        return ""
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != PACKAGE.parent]
+    installed = PathFinder.find_spec("sgdr_fused", elsewhere)
+    if installed is None or installed.origin is None:
+        return ""
+    place = Path(installed.origin).parent
+    if BuiltFor.read(place) is None:
+        return ""
+    return (
+        f"; this is the source tree {PACKAGE.parent}, which hides the package installed in "
+        f"{place}: start Python in another folder"
+    )
+
+
+extension, folder, built_for, why_missing = _load()
 
 is_profiling: Callable[[], bool] = getattr(extension, "is_profiling", lambda: True)
 """Whether a profiler is recording; always True without the extension, which is asked for it."""

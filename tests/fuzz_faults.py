@@ -189,7 +189,7 @@ def two_parameters_in_the_same_memory(side, param):
 @fault
 def two_parameters_that_overlap(side, param):
     others = [p for p in side.params_in_groups() if p is not param and p.numel() > param.numel()]
-    others = [p for p in others if p.dtype == param.dtype and p.is_contiguous()]
+    others = [p for p in others if p.dtype == param.dtype and p.is_contiguous() and is_plain(p)]
     if not others:
         return None
     return _set_data(param, others[0].data.view(-1)[1 : 1 + param.numel()].view(param.shape))

@@ -225,7 +225,7 @@ bad_edits = st.tuples(
 
 @st.composite
 def group_options(draw_value):
-    """Options of a new group that fit together, among them often those that are about the update."""
+    """Options of a new group that fit together, often with some that are about the update."""
 
     def pick(*values):
         return draw_value(st.sampled_from(values))

@@ -164,15 +164,17 @@ def test_parameters_tied_by_data_are_updated_in_order(backend, size):
         assert torch.equal(ours[0], theirs[0])
 
 
+@pytest.mark.parametrize("begin", [0, 5], ids=["whole", "in_part"])
 @pytest.mark.parametrize("kind", ["gaps", "negative"])
-def test_copied_parameters_tied_by_data_are_updated_in_order(kind):
+def test_copied_parameters_tied_by_data_are_updated_in_order(kind, begin):
     """The native step wrote back a copy over the other's update."""
     both = []
     for _ in range(2):
         base = numbers(34)[::2]
         both.append([torch.nn.Parameter(base.clone()) for _ in range(2)])
         both[-1][0].data = base = base.contiguous() if kind == "negative" else base
-        both[-1][1].data = torch._neg_view(base) if kind == "negative" else base
+        tied = torch._neg_view(base) if kind == "negative" else base
+        both[-1][1] = torch.nn.Parameter(tied[begin:])
     ours, theirs = both
     optimizer = FusedSGDR(ours, lr=0.1, momentum=0.9, T_0=9)
     reference = FusedSGDR(theirs, lr=0.1, momentum=0.9, T_0=9, backend="reference")
@@ -184,6 +186,19 @@ def test_copied_parameters_tied_by_data_are_updated_in_order(kind):
             optimizer.step()
             reference.step()
     assert torch.equal(ours[0], theirs[0])
+
+
+def test_zero_tensor_as_buffer_of_a_copied_parameter_is_refused_before_anything_is_written(backend):
+    """torch refused to write the copy back, after the other parameters' updates."""
+    params = [torch.nn.Parameter(numbers(5)), torch.nn.Parameter(torch._neg_view(numbers(5)))]
+    optimizer = FusedSGDR(params, lr=0.1, momentum=0.9, T_0=4, backend=backend)
+    give_gradients(0, params)
+    optimizer.step()
+    optimizer.state[params[1]]["momentum_buffer"] = torch._efficientzerotensor([5])
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match="momentum_buffer is a ZeroTensor"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
 
 
 def test_parameters_that_overlap_in_part_are_updated_in_order(backend):

@@ -1,5 +1,5 @@
 #include <ATen/record_function.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "stepper.h"
 

@@ -3,6 +3,8 @@
 #include <ATen/Functions.h>
 #include <ATen/MemoryOverlap.h>
 
+#include <algorithm>
+
 #include "internals.h"
 
 namespace sgdr {
@@ -15,8 +17,8 @@ SGDR_INLINE bool has_layout_of(const at::Tensor& tensor, const at::Tensor& other
   return other.is_non_overlapping_and_dense() && tensor.strides().equals(other.strides());
 }
 
-// Whether writing one of the tensors changes another. Only a gradient may be the parameter itself, or
-// the low-precision one where the parameter is its master.
+// Whether writing one of the tensors changes another. Only a gradient may be the parameter itself,
+// or the low-precision one where the parameter is its master.
 bool share_memory(const ParamTensors& tensors) {
   const at::Tensor* const state[] = {tensors.momentum_buffer, tensors.ema,
                                      tensors.low_precision_param};
@@ -182,7 +184,9 @@ const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor
     if (!plain.defined()) return nullptr;
   }
   if (plain.device() != device_ || plain.layout() != at::kStrided) return nullptr;
-  if (is_written && at::has_internal_overlap(plain) == at::MemOverlap::Yes) return nullptr;
+  if (is_written &&
+      (plain._is_zerotensor() || at::has_internal_overlap(plain) == at::MemOverlap::Yes))
+    return nullptr;
   const c10::InferenceMode off(false);
   if (plain.is_conj() || plain.is_neg()) {
     const at::Tensor& lazy = kept_alive_.emplace_back(plain);
@@ -234,15 +238,33 @@ const at::Tensor* Flattener::own(const at::Tensor* tensor) {
 }
 
 bool Flattener::copies_shared_memory() const {
-  for (const Copy& copy : copies_) {
-    for (const ParamTensors& tensors : flattened_) {
-      for (const at::Tensor* tensor :
-           {tensors.param, tensors.momentum_buffer, tensors.ema, tensors.low_precision_param}) {
-        if (tensor != nullptr && tensor->numel() != 0 && tensor->is_alias_of(*copy.original) &&
-            tensor->data_ptr() == copy.original->data_ptr())
-          return true;
-      }
-    }
+  if (copies_.empty()) return false;
+  struct Written {
+    uintptr_t begin, end;
+    bool is_copied;
+  };
+  std::vector<Written> all;
+  // With what lies in gaps between the elements: an overlap there may be none.
+  const auto add = [&](const at::Tensor* tensor, bool is_copied) {
+    if (tensor == nullptr || tensor->numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t dim = 0; dim < tensor->dim(); ++dim)
+      last += (tensor->size(dim) - 1) * tensor->stride(dim);
+    const auto begin = reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
+    all.push_back({begin, begin + (last + 1) * tensor->element_size(), is_copied});
+  };
+  for (const ParamTensors& tensors : flattened_) {
+    for (const at::Tensor* tensor :
+         {tensors.param, tensors.momentum_buffer, tensors.ema, tensors.low_precision_param})
+      add(tensor, false);
+  }
+  for (const Copy& copy : copies_) add(copy.original, true);
+  std::ranges::sort(all, {}, &Written::begin);
+  uintptr_t end = 0, end_of_copied = 0;
+  for (const Written& written : all) {
+    if (written.begin < (written.is_copied ? end : end_of_copied)) return true;
+    end = std::max(end, written.end);
+    if (written.is_copied) end_of_copied = std::max(end_of_copied, written.end);
   }
   return false;
 }

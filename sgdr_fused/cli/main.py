@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sgdr_fused.cli import fit, schedule
+from sgdr_fused.cli import build, doctor, fit, schedule
 from sgdr_fused.cli.parser import Parser
 from sgdr_fused.version import __version__
 
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _make_parser() -> Parser:
     parser = Parser(
         prog="sgdr-fused",
-        description="Cosine annealing with warm restarts: look at a schedule before training.",
+        description="Builds and checks the native backend; looks at a schedule before training.",
     )
     parser.add_argument("--version", action="version", version=f"sgdr_fused {__version__}")
     commands = parser.add_subparsers(required=True)
-    for command in (schedule, fit):
+    for command in (build, doctor, schedule, fit):
         command.add_to(commands)
     commands.metavar = " | ".join(commands.choices)
     return parser

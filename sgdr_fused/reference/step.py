@@ -100,8 +100,8 @@ def update_params(
         coefficient: The factor that clipping multiplies them by.
         only: Index over all groups of the one parameter to update; None: all.
     """
-    # Before the first update, as torch.optim.SGD does it: a parameter that is listed twice gets a new
-    # state twice, and keeps the second.
+    # Before the first update, as torch.optim.SGD does it: a parameter that is listed twice gets a
+    # new state twice, and keeps the second.
     entries = [
         (group, param, dict(state.get(param, {})))
         for group in param_groups

@@ -1,4 +1,4 @@
-# make demo: trains on real data with the pair and with FusedSGDR.
+# make demo: trains on real data with the pair and with FusedSGDR, and draws build/digits.png.
 # make test: the tests of every behaviour, a few minutes. make test-all: every test, those marked
 # "exhaustive" too: bugs planted in the CUDA kernels, all architectures, full products of options.
 # make sanitize: memory errors and data races, found by GCC's sanitizers.
@@ -11,31 +11,36 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 EXTRAS ?= demo,test,lint
 BIN := $(VENV)/bin
+# The packages; the native backend; what the documentation needs more.
 STAMP := $(VENV)/installed
+BUILT := $(VENV)/built
 DOCS_STAMP := $(VENV)/installed-docs
 SITE := docs/_build/html
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# Without the native backend, which sgdr-fused build compiles.
+INSTALL := SGDR_FUSED_NATIVE=0 $(BIN)/pip install --disable-pip-version-check --no-build-isolation
 
-.PHONY: demo examples test test-all sanitize benchmark gpu-package docs lint format clean
+.PHONY: install demo examples test test-all sanitize benchmark gpu-package docs lint format clean
 
-demo: $(STAMP)
+install: $(BUILT)
+
+demo: $(BUILT)
 	$(BIN)/python examples/digits.py
 
 examples: demo
 	$(BIN)/python examples/bfloat16.py
 	$(BIN)/python examples/paper.py
 
-test: $(STAMP)
+test: $(BUILT)
 	$(BIN)/pytest -m "not exhaustive"
 
-test-all: $(STAMP)
+test-all: $(BUILT)
 	$(BIN)/pytest
 
-sanitize: $(STAMP)
+sanitize: $(BUILT)
 	BIN=$(BIN) tests/sanitize/run address
 	BIN=$(BIN) tests/sanitize/run thread
 
-benchmark: $(STAMP)
+benchmark: $(BUILT)
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.one_pass
 	$(BIN)/python -m benchmarks.backward_memory
@@ -45,7 +50,7 @@ benchmark: $(STAMP)
 gpu-package:
 	tests/gpu/package
 
-docs: $(DOCS_STAMP)
+docs: $(BUILT) $(DOCS_STAMP)
 	$(BIN)/python -m sphinx -q -W --keep-going docs $(SITE)
 	@echo "The site: file://$(CURDIR)/$(SITE)/index.html"
 
@@ -61,16 +66,22 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'benchmarks/*.cpp')
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; this is " \
+	  + sys.version.split()[0] + ": make PYTHON=python3.12, for example")'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): $(BIN)/python $(SOURCES)
-	$(BIN)/pip install "setuptools>=77" wheel ninja pybind11 numpy "$(TORCH)"
-	$(BIN)/pip install --no-build-isolation -e ".[$(EXTRAS)]"
+$(STAMP): $(BIN)/python setup.py pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check "setuptools>=77" numpy "$(TORCH)"
+	$(INSTALL) -e ".[$(EXTRAS)]"
 	touch $(STAMP)
 
+# What cannot be built is tried again the next time; the reference path works without it.
+$(BUILT): $(STAMP) $(SOURCES)
+	@$(BIN)/sgdr-fused build && touch $(BUILT) || [ "$$SGDR_FUSED_NATIVE" != 1 ]
+
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/pip install --no-build-isolation -e ".[docs]"
+	$(INSTALL) -e ".[docs]"
 	touch $(DOCS_STAMP)
 
 clean:
-	rm -rf build .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_native.json
+	rm -rf build .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_native.json $(BUILT)

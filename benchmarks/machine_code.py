@@ -7,7 +7,6 @@ nvcc, and nvdisasm from PATH or from the package nvidia-cuda-nvdisasm.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disassembly import MachineCode, disassembled, tool
+from sgdr_fused.building import recipe
 
 __all__ = ["Kernel", "architectures", "compiled", "compiled_source", "missing_tool", "row_of"]
 
@@ -69,12 +69,12 @@ def missing_tool() -> str:
 
 
 def architectures() -> list[str]:
-    """The architectures that setup.py builds for, such as "80"."""
-    return [name.replace(".", "") for name in _constant_of_setup("CUDA_ARCHITECTURES")]
+    """The architectures that the package is built for, such as "80"."""
+    return [name.replace(".", "") for name in recipe.CUDA_ARCHITECTURES]
 
 
 def compiled(names: Sequence[str], kernel: str = "step") -> list[Kernel]:
-    """A kernel's machine code, compiled with setup.py's flags.
+    """A kernel's machine code, compiled with the package's flags.
 
     Args:
         names: Architectures, such as "80".
@@ -84,15 +84,8 @@ def compiled(names: Sequence[str], kernel: str = "step") -> list[Kernel]:
         return list(pool.map(lambda name: compiled_source(name, SOURCES[kernel]), names))
 
 
-def _constant_of_setup(name: str) -> list[str]:
-    for statement in ast.parse((REPOSITORY / "setup.py").read_text()).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
-            return list(ast.literal_eval(statement.value))
-    raise LookupError(f"setup.py has no {name}")
-
-
 def compiled_source(architecture: str, text: str) -> Kernel:
-    """The machine code of one kernel's source, compiled with setup.py's flags.
+    """The machine code of one kernel's source, compiled with the package's flags.
 
     Args:
         architecture: Such as "80".
@@ -102,7 +95,7 @@ def compiled_source(architecture: str, text: str) -> Kernel:
     assert torch is not None
     assert torch.origin is not None
     include = Path(torch.origin).parent / "include"
-    flags = [*_constant_of_setup("NVCC_FLAGS"), *TORCH_FLAGS, f"-arch=sm_{architecture}"]
+    flags = [*recipe.NVCC_FLAGS, *TORCH_FLAGS, f"-arch=sm_{architecture}"]
     command = ["nvcc", *flags, "-Xptxas=-v", "-cubin", f"-I{REPOSITORY / 'csrc'}", f"-I{include}"]
     digest = hashlib.sha256("\0".join([*command, text]).encode())
     for path in sorted(

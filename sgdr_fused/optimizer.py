@@ -16,6 +16,7 @@ from sgdr_fused.groups import check_groups
 from sgdr_fused.in_backward import StepInBackward
 from sgdr_fused.in_backward_checks import refuse_clipping
 from sgdr_fused.options import GROUP_OPTIONS, REQUIRED, Backend, Clipping, checked_clipping
+from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.schedule import Anneal
 from sgdr_fused.scheduled import ScheduledOptimizer
 from sgdr_fused.shards import find_flat_shard
@@ -191,6 +192,11 @@ class FusedSGDR(ScheduledOptimizer):
 
     # --------------------------------------------------------------------------------------
     # clipping and averages
+
+    @property
+    def uses_native(self) -> bool:
+        """Whether the native backend takes the steps; False: plain PyTorch, which is slower."""
+        return not isinstance(self._stepper, ReferenceStepper)
 
     @property
     def max_grad_norm(self) -> float | None:

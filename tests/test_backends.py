@@ -1,6 +1,5 @@
 """Which backend takes the step, the errors and warnings of the native one, and threads."""
 
-import subprocess
 import sys
 import threading
 import warnings
@@ -42,7 +41,7 @@ def test_missing_extension_warns_once_and_results_are_right():
     for step in range(5):
         give_gradients(step, ours, theirs)
         if step == 0:
-            with pytest.warns(UserWarning, match=r"slower reference path: it was never built"):
+            with pytest.warns(UserWarning, match=r"several times slower.*: it was never built"):
                 optimizer.step()
         else:
             optimizer.step()
@@ -63,61 +62,6 @@ def test_reference_backend_needs_no_extension(recwarn):
     give_gradients(0, params)
     optimizer.step()
     assert not recwarn.list
-
-
-def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-STEP = """
-import warnings
-import torch
-from sgdr_fused import CosineWarmRestarts, FusedSGDR, native
-
-assert native.extension is None
-param = torch.nn.Parameter(torch.ones(3))
-optimizer = FusedSGDR([param], lr=0.5, T_0=2)
-param.grad = torch.ones(3)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    optimizer.step()
-    optimizer.step()
-assert torch.equal(param, torch.full([3], 1 - 0.5 - 0.25)), param
-assert "sgdr_fused._native" not in [name for name, module in sys.modules.items() if module]
-print(len(caught), caught[0].message, caught[0].filename)
-"""
-
-
-def test_package_without_a_build_works_and_says_how_to_build():
-    out = run_python("import sys; sys.modules['sgdr_fused._built_for'] = None" + STEP)
-    assert out.startswith("1 ")
-    assert "was not built" in out
-    assert "pip install" in out
-    assert "<string>" in out, "the warning points at the caller"
-
-
-BUILT_FOR = """
-import sys, types, torch
-built_for = types.ModuleType("sgdr_fused._built_for")
-built_for.TORCH_VERSION = {version}
-sys.modules["sgdr_fused._built_for"] = built_for
-"""
-
-
-def test_extension_for_another_torch_is_not_loaded_and_the_warning_names_both():
-    out = run_python(BUILT_FOR.format(version="'1.2.3+elsewhere'") + STEP)
-    assert out.startswith("1 ")
-    assert "built for torch 1.2.3+elsewhere" in out
-    assert f"this is torch {torch.__version__}" in out
-
-
-def test_warning_explains_why_the_extension_fails_to_load():
-    broken = "sys.modules['sgdr_fused._native'] = None"
-    out = run_python(BUILT_FOR.format(version="torch.__version__") + broken + STEP)
-    assert out.startswith("1 ")
-    assert "does not load" in out
 
 
 # --------------------------------------------------- tensors that the native backend cannot update
@@ -160,7 +104,7 @@ def test_unknown_tensor_subclass_falls_back_to_the_reference_and_warns_once():
         for our, their in zip(ours, theirs, strict=True):
             our.grad = Tagged(their.grad.clone())
         if step == 0:
-            with pytest.warns(UserWarning, match="slower reference path") as caught:
+            with pytest.warns(UserWarning, match="slower than torch.optim.SGD") as caught:
                 optimizer.step()
             assert len(caught) == 1
             assert caught[0].filename == __file__

@@ -48,9 +48,10 @@ def build(report: Callable[[str], None], force: bool = False) -> Path:
     here = BuiltFor.here(torch.__version__, architectures)
     kind = re.sub(r"[^\w.+]", "-", architectures) or "cpu"
     target = native.cache() / f"torch-{here.torch}_{here.python}_{here.sources}_{kind}"
-    if BuiltFor.read(target) == here and not force:
-        report(f"already built: {target}")
-        return target
+    for folder in (native.folder, target):
+        if folder is not None and BuiltFor.read(folder) == here and not force:
+            report("already built")
+            return folder
     target.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own: another process may be building the same.
     with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as scratch:

@@ -30,4 +30,4 @@ def _build(args: argparse.Namespace) -> None:
         folder = build(say, args.force)
     except BuildError as error:
         raise SystemExit(f"sgdr-fused: error: {error}") from None
-    say(f"built: {folder}")
+    say(f"the native backend is in {folder}")

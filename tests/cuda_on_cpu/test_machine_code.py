@@ -1,4 +1,4 @@
-"""The machine code of the kernels, for every architecture that setup.py builds for.
+"""The machine code of the kernels, for every architecture that the package is built for.
 
 make test looks at one of them, make test-all at each.
 """

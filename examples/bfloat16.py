@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "build")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # the network is tiny
     results: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds = ", ".join(f"{100 * a:.1f}" for a in found)
         print(f"{way:32}{100 * statistics.mean(found):6.1f} %  ({seeds})  {said}")
     written = {"epochs": options.epochs, "lr": LR, "accuracies": results, "reaches": verdicts}
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "bfloat16.json").write_text(json.dumps(written, indent=1) + "\n")
     draw(results, options.out / "bfloat16.png")
 

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 import sgdr_fused
 from sgdr_fused import CosineWarmRestarts, FusedSGDR, fit_T_0
 
+BUILD = Path(__file__).parent.parent / "build"
 BATCH_SIZE = 64
 N_TEST = 360
 N_CYCLES = 3
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
+    parser.add_argument("--out", type=Path, default=BUILD / "digits.png")
     arguments = parser.parse_args(argv)
 
     # On one thread a convolution adds in one order, so runs repeat to the bit.
@@ -308,13 +309,14 @@ Resumed from step {save_at} of {n_steps}: parameters and losses identical to the
         "resumed_is_identical": is_identical(resumed, fused),
         "torch": torch.__version__,
     }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     text = (
         f"Largest difference between the losses: {difference:g}.  Time spent in the optimizer: "
         f"{milliseconds[0]:.0f} ms, with FusedSGDR {milliseconds[1]:.0f} ms."
     )
     draw(arguments.out, pair, fused, restarts, save_at, text)
-    print(f"Wrote {arguments.out.name} and {arguments.out.with_suffix('.json').name}")
+    print(f"Wrote {arguments.out} and {arguments.out.with_suffix('.json').name}")
 
 
 if __name__ == "__main__":

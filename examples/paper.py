@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=70)
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "build")
     options = parser.parse_args(argv)
 
     lrs = choose_lrs(options.epochs, min(4, options.seeds), options.processes)
@@ -299,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"noise": noise, "lr": of_noise, "errors": of_method, "relations": relations}
         )
     written = {"epochs": options.epochs, "torch": torch.__version__, "results": results}
+    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "paper.json").write_text(json.dumps(written, indent=1) + "\n")
     draw(results, options.out / "paper.png")
 

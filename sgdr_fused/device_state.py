@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgdr_fused import native
 from sgdr_fused.ema_schedule import evaluate_ema_decay
 from sgdr_fused.groups import check_group, drop_momentum, move_group, sync_group
 from sgdr_fused.schedule import Position
@@ -136,7 +137,8 @@ def sync_group_on_device(
 
     Raises:
         ValueError: An option is out of its range.
-        RuntimeError: The GPU's memory has to be written while a CUDA graph is captured.
+        RuntimeError: The GPU's memory has to be written while a CUDA graph is captured, or there
+            is no code for the GPU.
     """
     params = group["params"]
     if device_state is not None and not (params and device_state.belongs_to(params)):
@@ -152,6 +154,7 @@ def sync_group_on_device(
         return device_state
     sync_group(group)
     if params and isinstance(params[0], Tensor) and params[0].is_cuda:
+        native.check_gpu(params[0].device)
         return DeviceState.make(group, state)
     return None
 

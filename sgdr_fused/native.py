@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sgdr_fused.building.recipe import PACKAGE, BuiltFor
+from sgdr_fused.building.recipe import PACKAGE, BuiltFor, covers
 
 __all__ = [
     "HOW_TO_BUILD",
     "builds_here",
     "built_for",
     "cache",
+    "check_gpu",
     "extension",
     "folder",
     "is_profiling",
@@ -117,6 +118,23 @@ def _shadowed() -> str:
 
 
 extension, folder, built_for, why_missing = _load()
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raises if the extension has no code for a GPU.
+
+    Raises:
+        RuntimeError: It is built for other architectures.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if built_for is not None and not covers(built_for.cuda_architectures, capability):
+        gpu = f"{device} ({torch.cuda.get_device_name(device)})"
+        raise RuntimeError(
+            f"the native backend is built for compute capability {built_for.cuda_architectures}, "
+            f"but {gpu} has {capability[0]}.{capability[1]}; {HOW_TO_BUILD}, "
+            'or pass backend="reference"'
+        )
+
 
 is_profiling: Callable[[], bool] = getattr(extension, "is_profiling", lambda: True)
 """Whether a profiler is recording; always True without the extension, which is asked for it."""

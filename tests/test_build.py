@@ -100,6 +100,20 @@ def test_code_runs_on_its_major_version_and_ptx_on_later_ones(architectures, cap
     assert covers(architectures, capability) is expected
 
 
+def test_gpu_without_code_for_it_is_named_with_the_command(monkeypatch):
+    """CUDA itself says "no kernel image is available", in the midst of a step."""
+    monkeypatch.setattr(native, "built_for", BuiltFor("", "", "", "8.0;9.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    native.check_gpu(torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    expected = (
+        r"built for compute capability 8.0;9.0, but cuda:1 \(a GPU\) has 12.0; run: sgdr-fused"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        native.check_gpu(torch.device("cuda", 1))
+
+
 def test_oldest_torch_is_the_same_everywhere():
     oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     for page in ("README.md", "docs/quick_start.md"):

@@ -68,7 +68,7 @@ def _load() -> _Loaded:
                 return _Loaded(_import_from(folder), folder, built_for, "")
             except ImportError as error:
                 why_not = f"the native backend in {folder} does not load ({error})"
-    why_not = why_not or f"it is not built for torch {torch.__version__}"
+    why_not = why_not or f"the native backend is not built for torch {torch.__version__}"
     return _Loaded(None, None, None, f"{why_not}{_shadowed()}; {HOW_TO_BUILD}")
 
 
@@ -78,12 +78,10 @@ def _candidates() -> Iterator[Path]:
 
 
 def _mismatch(built_for: BuiltFor) -> str:
-    if built_for.torch != _HERE.torch:
-        return f"it was built for torch {built_for.torch}, but this is torch {_HERE.torch}"
-    if built_for.python != _HERE.python:
-        return f"it was built for Python {built_for.python}, but this is {_HERE.python}"
-    if built_for.sources != _HERE.sources:
-        return "it was built from other sources"
+    for what in ("torch", "python", "sources"):
+        theirs, ours = getattr(built_for, what), getattr(_HERE, what)
+        if theirs != ours:
+            return f"the native backend was built for {what} {theirs}, but this is {ours}"
     return ""
 
 

@@ -29,6 +29,7 @@ demo: $(BUILT)
 examples: demo
 	$(BIN)/python examples/bfloat16.py
 	$(BIN)/python examples/paper.py
+	$(BIN)/python examples/cuda_graph.py
 
 test: $(BUILT)
 	$(BIN)/pytest -m "not exhaustive"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -49,6 +50,10 @@ class SchedulerView(LRScheduler):
     ``get_last_lr()`` changes only when ``step()`` is called, as for every scheduler. So a trainer
     that logs the LR between the optimizer's step and the scheduler's logs the LR of that step.
 
+    On a GPU ``step()`` sends the LR to the host without waiting, and ``get_last_lr()`` waits until
+    it has arrived. So a trainer that asks for the LR of each step, as Hugging Face's does, waits
+    for the optimizer's step before that one only, and the GPU has work meanwhile.
+
     Args:
         optimizer: The optimizer whose schedule to show.
     """
@@ -58,6 +63,7 @@ class SchedulerView(LRScheduler):
         self.optimizer: FusedSGDR = optimizer
         self.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         self._step_count = 1  # Accelerate adds to it
+        self._last_lr: list[Any] = []
         self._note_lr()
 
     @property
@@ -105,8 +111,31 @@ class SchedulerView(LRScheduler):
         self._last_lr = list(state_dict["_last_lr"])
 
     def _note_lr(self) -> None:
-        # Copies stay on the GPU, because reading them would synchronize.
-        self._last_lr = [
-            group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-            for group in self.optimizer.param_groups
-        ]
+        before = self._last_lr
+        self._last_lr = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.is_cuda:
+                sent = before[i] if i < len(before) else None
+                lr = sent if isinstance(sent, _SentLr) else _SentLr()
+                lr.send(group["lr"])
+            self._last_lr.append(lr if isinstance(lr, _SentLr) else float(lr))
+
+
+class _SentLr:
+    """An LR that a GPU sends to the host: sending does not wait, ``float()`` does."""
+
+    def __init__(self) -> None:
+        # Kept for the next one, because pinned memory takes long to allocate.
+        self._on_host = torch.empty((), dtype=torch.float64, device="cpu", pin_memory=True)
+
+    def send(self, lr: Tensor) -> None:
+        self._on_host.copy_(lr.reshape(()), non_blocking=True)
+        self._arrived = torch.cuda.current_stream(lr.device).record_event()
+
+    def __float__(self) -> float:
+        self._arrived.synchronize()
+        return self._on_host.item()
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float(self),)  # for pickle and deepcopy

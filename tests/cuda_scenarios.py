@@ -18,7 +18,8 @@ import torch
 from pair import draw, make_params
 from torch import Tensor
 
-from sgdr_fused import FusedSGDR
+from sgdr_fused import CosineWarmRestarts, FusedSGDR
+from sgdr_fused.trainers import as_scheduler
 
 IS_FAKE = "FAKE_CUDA_KERNELS" in os.environ
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
@@ -80,20 +81,20 @@ def without_warning(message: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unsynchronised() -> Iterator[None]:
-    """Fails if the host waits for the GPU, or reads from it."""
+def unsynchronised(sends: bool = False) -> Iterator[None]:
+    """Fails if the host waits for the GPU, or, unless `sends`, the GPU sends something to it."""
     try:
         # torch warns at the process's first call only, and has set the mode by then.
         with without_warning("Synchronization debug mode is a prototype"):
             torch.cuda.set_sync_debug_mode("error")
-        with no_call_that_waits() if IS_FAKE else contextlib.nullcontext():
+        with no_call_that_waits(sends) if IS_FAKE else contextlib.nullcontext():
             yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @contextlib.contextmanager
-def no_call_that_waits() -> Iterator[None]:
+def no_call_that_waits(sends: bool) -> Iterator[None]:
     """The same on the fake runtime, which has logged all calls."""
     import runtime_log
 
@@ -103,7 +104,7 @@ def no_call_that_waits() -> Iterator[None]:
     expected = {"cudaFree"} if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ else set()
     waits = [call for call in runtime_log.synchronizing() if call.name not in expected]
     assert not waits, waits
-    assert not runtime_log.copies("D2H")
+    assert sends or not runtime_log.copies("D2H")
 
 
 def step(*optimizers: FusedSGDR) -> None:
@@ -360,6 +361,43 @@ def hook_at_the_restarts() -> None:
         optimizer.restart()
     assert seen == ([1, 2, 3], [1, 2, 3])
     assert_equal(cpu, gpu)
+
+
+@scenario
+def scheduler_view_sends_the_lr() -> None:
+    """Its step() does not wait. It shows the LR of its last step; a copy of it does, too."""
+    cpu, gpu = both(SIZES[:2])
+    shown, view = as_scheduler(cpu), as_scheduler(gpu)
+    for i, overflows in enumerate([0, 0, 1, 0, 0, 0]):
+        give_gradients(i, cpu, gpu)
+        for optimizer, device in ((cpu, "cpu"), (gpu, "cuda")):
+            optimizer.found_inf = torch.full((), float(overflows), device=device)
+        step(cpu, gpu)
+        assert view.get_last_lr() == pytest.approx(shown.get_last_lr(), rel=1e-13)
+        shown.step()
+        with unsynchronised(sends=True):
+            view.step()
+    for copied in (copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
+        step(gpu)
+        view.step()
+        assert copied.get_last_lr() == pytest.approx(shown.get_last_lr(), rel=1e-13)
+    gpu.add_param_group({"params": on_gpu(make_params((3,)))})
+    view.step()
+    assert view.get_last_lr() == gpu.get_last_lr()
+
+
+@scenario
+def schedule_on_the_host_needs_no_gpu() -> None:
+    """CosineWarmRestarts.of_group() of a group on the GPU reads nothing from there."""
+    cpu, gpu = both(SIZES[:2], warmup_steps=2)
+    expected = []
+    for i in range(6):
+        give_gradients(i, cpu, gpu)
+        expected += cpu.get_last_lr()
+        step(cpu, gpu)
+    with unsynchronised():
+        schedule = CosineWarmRestarts.of_group(gpu.param_groups[0])
+        assert [schedule.lr_at(i) for i in range(6)] == expected
 
 
 @scenario

@@ -86,6 +86,7 @@ struct Stream {
 
 struct Event {
   std::shared_ptr<Capture> capture;
+  size_t recorded_after = 0;  // so many pieces of work were deferred up to its record
   std::chrono::steady_clock::time_point time;
 };
 
@@ -126,6 +127,7 @@ struct Runtime {
   std::vector<std::shared_ptr<Capture>> captures;  // under way
   unsigned long long captures_begun = 0;
   std::deque<Work> pending;
+  size_t deferred_so_far = 0;
   cudaError_t broken = cudaSuccess;  // a kernel failed: the context is lost
 
   Runtime() {
@@ -282,9 +284,10 @@ void execute(const Work& work) {
   }
 }
 
-// In the order of the calls, which every order that streams and events allow includes.
-void drain() {
-  while (!runtime().pending.empty()) {
+// In the order of the calls, which every order that streams and events allow includes. Leaves
+// `left` pieces of work pending.
+void drain(size_t left = 0) {
+  while (runtime().pending.size() > left) {
     const Work work = std::move(runtime().pending.front());
     runtime().pending.pop_front();
     execute(work);
@@ -305,10 +308,12 @@ cudaError_t enqueue(Stream& stream, Work work) {
     return cudaSuccess;
   }
   if (stream.id == 0 && blocking_stream_captures()) return cudaErrorStreamCaptureImplicit;
-  if (runtime().deferred)
+  if (runtime().deferred) {
     runtime().pending.push_back(std::move(work));
-  else
+    ++runtime().deferred_so_far;
+  } else {
     execute(work);
+  }
   return runtime().broken;
 }
 
@@ -324,10 +329,10 @@ cudaError_t forbidden_in_capture() {
   return forbidden ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
-// Waits for all the work so far, as every call that synchronises does.
-cudaError_t synchronize() {
+// Waits for all the work so far, as most calls that synchronise do, but for the last `left` pieces.
+cudaError_t synchronize(size_t left = 0) {
   if (const cudaError_t error = forbidden_in_capture()) return result(error);
-  drain();
+  drain(left);
   return result(cudaSuccess);
 }
 
@@ -474,6 +479,14 @@ API void fake_set_deferred(int deferred) {
 
 // How many launches, copies and fills have been called for and not yet run.
 API size_t fake_pending() { return runtime().pending.size(); }
+
+// A copy that no program can make: from or to a device's memory, and not written down.
+API void fake_move(void* to, const void* from, size_t bytes) {
+  const std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
+  drain();
+  const DeviceAccess access(kAllDevices);
+  std::memcpy(to, from, bytes);
+}
 
 // ----------------------------------------------------------------------------------------- devices
 
@@ -829,8 +842,10 @@ API cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream
   Event& event = event_of(handle);
   event.capture = stream.capture;
   if (stream.capture) return cudaSuccess;
-  return result(enqueue(
-      stream, {kAllDevices, [&event] { event.time = std::chrono::steady_clock::now(); }, false}));
+  const cudaError_t error = enqueue(
+      stream, {kAllDevices, [&event] { event.time = std::chrono::steady_clock::now(); }, false});
+  event.recorded_after = runtime().deferred_so_far;
+  return result(error);
 }
 
 API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -842,9 +857,9 @@ API cudaError_t cudaEventQuery(cudaEvent_t) {
   return synchronize();
 }
 
-API cudaError_t cudaEventSynchronize(cudaEvent_t) {
+API cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   const Call call("cudaEventSynchronize");
-  return synchronize();
+  return synchronize(runtime().deferred_so_far - event_of(handle).recorded_after);
 }
 
 API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {

@@ -77,6 +77,11 @@ def pending() -> int:
     return int(_runtime.fake_pending())
 
 
+def move(to: int, source: int, size: int) -> None:
+    """Copies from or to a device's memory, given addresses and bytes; in no log."""
+    _runtime.fake_move(ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size))
+
+
 def report(**values: object) -> None:
     """Hands values to fake_cuda.report(), the caller of this script; they travel as JSON."""
     print("REPORT " + json.dumps(values), flush=True)

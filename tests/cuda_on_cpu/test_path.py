@@ -131,6 +131,36 @@ def test_each_of_two_devices_has_its_own_launch() -> None:
     assert report(RUN_SCENARIOS, "two_devices", **options(devices=2)) == {"two_devices": ""}
 
 
+def test_scheduler_view_waits_for_the_step_before_only() -> None:
+    """A trainer that asks for the LR at each step leaves the GPU the step that it has launched."""
+    found = report(
+        """
+import torch, runtime_log as log
+from sgdr_fused import FusedSGDR
+from sgdr_fused.trainers import as_scheduler
+
+param = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+param.grad = torch.zeros(3, device="cuda")
+optimizer = FusedSGDR([param], lr=0.1, T_0=2)
+view = as_scheduler(optimizer)
+log.set_deferred(True)
+optimizer.step()
+view.step()
+optimizer.step()
+log.clear()
+lr = view.get_last_lr()
+log.report(waits=[call.name for call in log.synchronizing()], pending=log.pending(), lr=lr)
+view.step()
+log.report(next_lr=view.get_last_lr(), left=log.pending())
+""",
+        **options(),
+    )
+    assert found["waits"] == ["cudaEventSynchronize"]
+    assert found["pending"] == 1  # the second step
+    assert found["lr"] == [0.1 / 2]
+    assert (found["next_lr"], found["left"]) == ([0.1], 0)
+
+
 def test_number_of_launches_and_runtime_calls() -> None:
     found = report(
         """

@@ -53,12 +53,16 @@ def options(**more: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built_for_cuda() -> None:
-    require_cuda_torch()
+def require_cuda_extension() -> None:
+    """Skips the test unless the extension is built with its CUDA backend."""
     check = "from sgdr_fused.native import extension as e; exit(e is None or not e.has_cuda)"
     if run(check, **options()).returncode != 0:
         pytest.skip(f"the extension of {python()} is built without its CUDA backend")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built_for_cuda() -> None:
+    require_cuda_extension()
 
 
 @pytest.fixture(scope="module")

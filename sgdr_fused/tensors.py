@@ -239,14 +239,16 @@ def _refuse_shared_memory(name: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _memory(tensor: Tensor) -> tuple[int, int] | None:
-    """The addresses between which a tensor lies; None if there are gaps between its elements."""
+    """The addresses between which a tensor lies, up to the first gap between its elements."""
     local = local_tensor(tensor, tensor)
-    if local is None:
+    if local is None or local.numel() == 0:
         return None
     numel = 1
     for stride, size in sorted(zip(local.stride(), local.shape, strict=True)):
-        if size != 1 and stride != numel:
-            return None
+        if size == 1:
+            continue
+        if stride != numel:
+            break
         numel *= size
     begin = local.data_ptr()
     return begin, begin + numel * local.element_size()

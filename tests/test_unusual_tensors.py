@@ -257,6 +257,16 @@ def test_state_that_shares_memory_with_its_parameter_is_refused(backend, role, s
     assert_unchanged(before, optimizer, params)
 
 
+def test_state_that_is_its_parameter_with_gaps_is_refused(backend):
+    param = torch.nn.Parameter(torch.ones(34)[::2])
+    optimizer = FusedSGDR([param], backend=backend, **OPTIONS)
+    optimizer.state[param]["momentum_buffer"] = param.detach()
+    give_gradients(0, [param])
+    with pytest.raises(ValueError, match="momentum_buffer shares memory with its parameter"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(17))
+
+
 def test_state_tensors_that_share_memory_are_refused(backend):
     (param,) = make_params([17])
     optimizer = FusedSGDR([param], ema_decay=0.5, backend=backend, **OPTIONS)

@@ -40,12 +40,13 @@ from sgdr_fused.steppers import (
     traced_stepper,
 )
 from sgdr_fused.tensors import refuse_norm_of_flat_shards
+from sgdr_fused.torch_schedulers import REFUSAL, NotedGroups
 from sgdr_fused.values import shown
 
 __all__ = ["SteppedOptimizer"]
 
 # The attributes that load_state_dict() sets.
-_LOADED = ("state", "param_groups", "_clipping", "_stepper", "_cycle_end")
+_LOADED = ("state", "param_groups", "_clipping", "_noted_groups", "_stepper", "_cycle_end")
 
 
 class SteppedOptimizer(Optimizer):
@@ -74,7 +75,8 @@ class SteppedOptimizer(Optimizer):
         self._clipping = clipping
         # Whatever changes groups, state or stepper holds it, and so does a step.
         self._lock = new_lock()
-        self._stepper = new_stepper(self.backend, clipping, self._lock)
+        self._noted_groups = NotedGroups()
+        self._stepper = new_stepper(self.backend, clipping, self._lock, self._noted_groups)
         # torch explains why it takes no single tensor.
         super().__init__(
             params if isinstance(params, Tensor) else as_list("params", params), defaults
@@ -189,7 +191,7 @@ class SteppedOptimizer(Optimizer):
         torch.compile runs a method of this name instead of tracing it, and makes the tensors in
         the lists inputs of the graph.
         """
-        stepper = traced_stepper(self._stepper, self.param_groups)
+        stepper = traced_stepper(self._stepper, self._noted_groups, self.param_groups)
         if stepper is None:
             return False
         self._stepper = stepper
@@ -221,6 +223,7 @@ class SteppedOptimizer(Optimizer):
                 self.backend,
                 self._clipping,
                 self._lock,
+                self._noted_groups,
                 self.param_groups,
                 self.state,
             )
@@ -241,15 +244,8 @@ class SteppedOptimizer(Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses the wrapper by which a torch LR scheduler attaches itself to ``step``."""
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
-            for group in self.param_groups:
-                group.pop("swa_lr", None)  # SWALR has written it by now
-            raise TypeError(
-                "FusedSGDR computes its own learning rate, so a torch LR scheduler would overwrite "
-                "it; remove the scheduler and pass T_0, T_mult, eta_min, warmup_steps, ... to "
-                'FusedSGDR instead, and ema_decay="swa" for SWALR; for a learning-rate range test '
-                "use sgdr_fused.lr_range_test(); for a trainer that requires a scheduler use "
-                "sgdr_fused.trainers.as_scheduler(optimizer)"
-            )
+            self._noted_groups.take_back(self.param_groups)
+            raise TypeError(REFUSAL)
         super().__setattr__(name, value)
 
     # ------------------------------------------------------------------------------------------
@@ -383,11 +379,12 @@ class SteppedOptimizer(Optimizer):
             self._clipping = clipping
         else:
             self._lock = new_lock()
+        self._noted_groups = NotedGroups()
         try:
             super().__setstate__(state)
         finally:
             self.defaults.pop("differentiable", None)
-        self._stepper = new_stepper(self.backend, self._clipping, self._lock)
+        self._stepper = new_stepper(self.backend, self._clipping, self._lock, self._noted_groups)
         self._begin()
 
     def _check_clipping(self, clipping: Clipping) -> None:

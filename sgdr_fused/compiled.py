@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgdr_fused import native
 from sgdr_fused.device_state import DeviceState
-from sgdr_fused.groups import check_group, check_groups, is_unchanged, kept_on_success, sync_group
+from sgdr_fused.groups import check_group, is_unchanged, kept_on_success, sync_group
 from sgdr_fused.options import GROUP_OPTIONS, Clipping, Support
 from sgdr_fused.tensors import check_tensors
 
@@ -105,6 +105,9 @@ class TracedStepper:
     It keeps the schedules' positions and the LRs in tensors, as on a GPU, so that a graph of
     torch.compile and an eager step see each other's changes.
 
+    Args:
+        check_groups: Raises for what is no param group.
+
     Attributes:
         grad_norm: None: the op computes no norm.
         needs_norm: Whether an option needs the norm, so that the op cannot take the step.
@@ -112,7 +115,8 @@ class TracedStepper:
 
     grad_norm = None
 
-    def __init__(self) -> None:
+    def __init__(self, check_groups: Callable[[Sequence[MutableMapping[str, Any]]], None]) -> None:
+        self._check_groups = check_groups
         self.needs_norm = False
         self._states: list[DeviceState | None] = []
         self._groups_before: list[dict[str, Any]] = []
@@ -167,7 +171,7 @@ class TracedStepper:
         Raises:
             ValueError: An option is out of its range.
         """
-        check_groups(param_groups)
+        self._check_groups(param_groups)
         del self._states[len(param_groups) :], self._groups_before[len(param_groups) :]
         self._states += [None] * (len(param_groups) - len(self._states))
         self._groups_before += [{}] * (len(param_groups) - len(self._groups_before))

@@ -17,11 +17,11 @@ from torch import Tensor
 from sgdr_fused import native
 from sgdr_fused.compiled import TracedStepper, is_traceable
 from sgdr_fused.device_state import sync_group_on_device, sync_group_on_host, to_host
-from sgdr_fused.groups import check_groups
 from sgdr_fused.options import Backend, Clipping, plain_option
 from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.shards import local_tensor, shard_axes, sum_over_shards
 from sgdr_fused.tensors import check_tensors, kinds_of_tensors
+from sgdr_fused.torch_schedulers import NotedGroups
 
 __all__ = [
     "Stepper",
@@ -97,13 +97,18 @@ def new_lock() -> AbstractContextManager[Any]:
     return lock
 
 
-def new_stepper(backend: Backend, clipping: Clipping, lock: AbstractContextManager[Any]) -> Stepper:
+def new_stepper(
+    backend: Backend,
+    clipping: Clipping,
+    lock: AbstractContextManager[Any],
+    check_groups: NotedGroups,
+) -> Stepper:
     """The native stepper; the reference if it is asked for, or without the native extension."""
     stepper: Stepper
     if backend == "reference":
-        stepper = ReferenceStepper(lock)
+        stepper = ReferenceStepper(lock, check_groups)
     elif native.extension is None:
-        stepper = ReferenceStepper(lock, _SLOWER + native.why_missing)
+        stepper = ReferenceStepper(lock, check_groups, _SLOWER + native.why_missing)
     else:
         sync_group = sync_group_on_device if native.extension.has_cuda else sync_group_on_host
         stepper = native.extension.Stepper(
@@ -118,6 +123,7 @@ def stepper_after_refusal(
     backend: Backend,
     clipping: Clipping,
     lock: AbstractContextManager[Any],
+    check_groups: NotedGroups,
     param_groups: Sequence[MutableMapping[str, Any]],
     state: MutableMapping[Tensor, Any],
 ) -> Stepper:
@@ -131,6 +137,7 @@ def stepper_after_refusal(
         backend: Which backend the user wants.
         clipping: Options of the whole optimizer.
         lock: The optimizer's.
+        check_groups: The optimizer's.
         param_groups: The optimizer's; moved to the host.
         state: The optimizer's; moved to the host.
 
@@ -140,7 +147,7 @@ def stepper_after_refusal(
     """
     if isinstance(stepper, TracedStepper):
         to_host(param_groups, state)
-        return new_stepper(backend, clipping, lock)
+        return new_stepper(backend, clipping, lock, check_groups)
     check_groups(param_groups)
     check_tensors(param_groups, state)
     reason = (
@@ -152,7 +159,7 @@ def stepper_after_refusal(
     if backend == "native":
         raise RuntimeError(f'backend="native" cannot take this step: {reason}')
     to_host(param_groups, state)
-    reference = ReferenceStepper(lock, _SLOWER + reason)
+    reference = ReferenceStepper(lock, check_groups, _SLOWER + reason)
     reference.set_clipping(*clipping)
     return reference
 
@@ -162,14 +169,17 @@ def _are_on_gpu(param_groups: Sequence[MutableMapping[str, Any]]) -> bool:
 
 
 def traced_stepper(
-    stepper: Stepper, param_groups: Sequence[MutableMapping[str, Any]]
+    stepper: Stepper,
+    check_groups: NotedGroups,
+    param_groups: Sequence[MutableMapping[str, Any]],
 ) -> TracedStepper | None:
     """The stepper for a step that torch.compile traces; None if the groups' step cannot be traced.
 
     Args:
         stepper: The current one, kept if it is the right one.
+        check_groups: The optimizer's.
         param_groups: The optimizer's.
     """
     if not is_traceable(param_groups):
         return None
-    return stepper if isinstance(stepper, TracedStepper) else TracedStepper()
+    return stepper if isinstance(stepper, TracedStepper) else TracedStepper(check_groups)

@@ -11,8 +11,10 @@ from pair import (
     make_params,
     snapshot,
 )
+from torch.optim import lr_scheduler
 
 from sgdr_fused import FusedSGDR
+from sgdr_fused.compiled import TracedStepper
 
 # Options that exclude each other, and what the message has to say; bad_input.py has the values that
 # are wrong alone.
@@ -350,27 +352,82 @@ def test_option_that_does_not_exist_is_refused(name):
 
 
 SCHEDULERS = {
-    "CosineAnnealingWarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-        o, T_0=3
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=3),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 3),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3]),
+    "LinearLR": lr_scheduler.LinearLR,
+    "ConstantLR": lr_scheduler.ConstantLR,
+    "PolynomialLR": lr_scheduler.PolynomialLR,
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.5),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.5),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o)], []),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o)]),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=10),
+    "OneCycleLR, momentum stays": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=1.0, total_steps=10, cycle_momentum=False
     ),
-    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 3),
-    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5),
-    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=10),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=1.0),
+    "CyclicLR, momentum stays": lambda o: lr_scheduler.CyclicLR(
+        o, base_lr=0.01, max_lr=1.0, cycle_momentum=False
+    ),
     "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.1),
 }
+schedulers = pytest.mark.parametrize("wrap", SCHEDULERS.values(), ids=SCHEDULERS.keys())
 
 
-@pytest.mark.parametrize("wrap", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-def test_wrapping_in_a_torch_scheduler_is_refused(backend, wrap):
+@schedulers
+def test_wrapping_in_a_torch_scheduler_is_refused_and_changes_nothing(backend, wrap):
+    """OneCycleLR has set initial_lr to 0.04 and momentum to 0.95 by then, CyclicLR lr to 0.01."""
     optimizer, params = running_optimizer(backend)
+    expected, expected_params = running_optimizer(backend)
+    for each, its_params in ((optimizer, params), (expected, expected_params)):
+        each.param_groups[0]["momentum"] = 0.8  # not what it was made with
+        each.step()
+        give_gradients(3, its_params)
+    before = snapshot(optimizer, params)
     with pytest.raises(TypeError, match=r"own learning rate.*remove the scheduler"):
         wrap(optimizer)
-    if wrap in (SCHEDULERS["OneCycleLR"], SCHEDULERS["SWALR"]):
-        return  # these write their own entries into the groups before they attach themselves
+    assert_unchanged(before, optimizer, params)
     optimizer.step()
-    expected, expected_params = running_optimizer(backend)
     expected.step()
     assert_unchanged(snapshot(expected, expected_params) | untold(optimizer), optimizer, params)
+
+
+@schedulers
+def test_torch_scheduler_refused_within_a_compiled_training_changes_nothing(wrap):
+    """The LR is a tensor then, as on a GPU, and CyclicLR writes into it."""
+    params = make_params([3])
+    optimizer = FusedSGDR(params, lr=0.1, momentum=0.9, T_0=5, backend="native")
+    optimizer._stepper = TracedStepper(optimizer._noted_groups)
+    give_gradients(0, params)
+    optimizer.step()
+    before = {
+        k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.param_groups[0].items()
+    }
+    with pytest.raises(TypeError, match="own learning rate"):
+        wrap(optimizer)
+    assert optimizer.param_groups[0] == before
+
+
+def test_own_entries_named_as_a_schedulers_survive_its_refusal(backend):
+    optimizer, _ = running_optimizer(backend)
+    optimizer.param_groups[0]["max_lr"] = 7.0
+    optimizer.step()
+    with pytest.raises(TypeError, match="own learning rate"):
+        SCHEDULERS["OneCycleLR"](optimizer)
+    assert optimizer.param_groups[0]["max_lr"] == 7.0
+    assert optimizer.param_groups[0]["initial_lr"] == 0.1
+    assert "max_lr" not in optimizer.param_groups[1]
+
+
+def test_schedulers_that_do_not_attach_themselves_change_nothing(backend):
+    """Only their step() sets the LR, as if by hand."""
+    optimizer, params = running_optimizer(backend)
+    before = snapshot(optimizer, params)
+    lr_scheduler.ReduceLROnPlateau(optimizer)
+    assert_unchanged(before, optimizer, params)
 
 
 def test_restart_after_the_last_cycle_is_refused_and_restarts_no_group(backend):

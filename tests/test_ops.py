@@ -8,6 +8,7 @@ from torch import library
 
 from sgdr_fused import FusedSGDR, native
 from sgdr_fused.compiled import TracedStepper
+from sgdr_fused.groups import check_groups
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason=native.why_missing)
 
@@ -56,7 +57,7 @@ def test_op_equals_the_reference(options, dtype):
     params = make_params([1, 70, 1003], dtype)
     twins = copies_of(params)
     by_op = FusedSGDR(params, lr=0.1, **SCHEDULE, **options)
-    by_op._stepper = TracedStepper()
+    by_op._stepper = TracedStepper(check_groups)
     reference = FusedSGDR(twins, lr=0.1, **SCHEDULE, **options, backend="reference")
     for step in range(8):
         give_gradients(step, params, twins)
@@ -82,7 +83,7 @@ def by_op_and_reference(sizes=(1, 70), **options):
     params = make_params(sizes)
     twins = copies_of(params)
     by_op = FusedSGDR(params, lr=0.1, **SCHEDULE | options)
-    by_op._stepper = TracedStepper()
+    by_op._stepper = TracedStepper(check_groups)
     return by_op, params, FusedSGDR(twins, lr=0.1, **SCHEDULE | options, backend="reference"), twins
 
 
@@ -193,7 +194,7 @@ def test_op_continues_with_momentum_of_an_eager_step():
     for step in range(6):
         give_gradients(step, params, twins)
         if step == 2:
-            mixed._stepper = TracedStepper()
+            mixed._stepper = TracedStepper(check_groups)
         mixed.step()
         usual.step()
         assert same_bits(momentum_of(mixed, params[0]), momentum_of(usual, twins[0]))

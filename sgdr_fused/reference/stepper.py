@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgdr_fused.groups import check_groups, kept_on_success, sync_group
+from sgdr_fused.groups import kept_on_success, sync_group
 from sgdr_fused.options import Clipping
 from sgdr_fused.reference.step import count_skipped, reference_step, update_params
 from sgdr_fused.tensors import check_tensors
@@ -24,14 +24,21 @@ class ReferenceStepper:
 
     Args:
         lock: Lets one thread at a time into the optimizer.
+        check_groups: Raises for what is no param group.
         warning: A warning to give at the first step; empty: none.
 
     Attributes:
         grad_norm: Norm of the gradients at the last step, before clipping; None if not needed.
     """
 
-    def __init__(self, lock: AbstractContextManager[Any], warning: str = "") -> None:
+    def __init__(
+        self,
+        lock: AbstractContextManager[Any],
+        check_groups: Callable[[Sequence[MutableMapping[str, Any]]], None],
+        warning: str = "",
+    ) -> None:
         self._lock = lock
+        self._check_groups = check_groups
         self._warning = warning
         self._clipping = Clipping()
         self.grad_norm: float | None = None
@@ -129,7 +136,7 @@ class ReferenceStepper:
         state: MutableMapping[Tensor, Any],
     ) -> Iterator[None]:
         """Syncs the groups, which an error within the ``with`` block puts back."""
-        check_groups(param_groups)
+        self._check_groups(param_groups)
         if not isinstance(state, dict):
             raise TypeError(
                 f"optimizer.state is of type {type(state).__name__}, but must be a dict"

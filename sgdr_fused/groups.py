@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, KeysView, Mapping, MutableMapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 from torch.nn import ParameterList
 
 from sgdr_fused.ema_schedule import evaluate_ema_decay
-from sgdr_fused.options import GROUP_OPTIONS, check_group_options, plain_options
+from sgdr_fused.misspelt import nearest_name
+from sgdr_fused.options import GROUP_OPTIONS, OPTIONS, check_group_options, plain_options
 from sgdr_fused.schedule import CosineWarmRestarts, Position
 from sgdr_fused.values import INTEGER, shown
 
@@ -34,6 +36,8 @@ __all__ = [
 # What a group has besides its options.
 _OWN_ENTRIES = ("params", "initial_lr", "scheduled_lr", "skipped_steps", *Position._fields)
 _ENTRIES = frozenset((*_OWN_ENTRIES, *(option.name for option in GROUP_OPTIONS)))
+# Wrappers may put these into each group.
+_SHARED = tuple(option.name for option in OPTIONS if not option.per_group)
 
 
 def check_groups(param_groups: Sequence[MutableMapping[str, Any]]) -> None:
@@ -45,7 +49,7 @@ def check_groups(param_groups: Sequence[MutableMapping[str, Any]]) -> None:
     Raises:
         TypeError: ``param_groups`` is no list, a group no dict, or its ``params`` no list of
             tensors. A generator has been listed all the same, because it can be only once.
-        ValueError: A group lacks an entry.
+        ValueError: A group lacks an entry, or has one whose name is nearly an option's.
     """
     if not isinstance(param_groups, list):
         raise TypeError(
@@ -63,6 +67,7 @@ def check_groups(param_groups: Sequence[MutableMapping[str, Any]]) -> None:
                 f"param_groups[{i}] has no {sorted(missing)[0]!r}; add groups with "
                 "add_param_group()"
             )
+        _refuse_misspelt(i, group)
         if type(group["params"]) is not list:
             group["params"] = _listed(f'param_groups[{i}]["params"]', group["params"])
         for j, param in enumerate(group["params"]):
@@ -71,6 +76,23 @@ def check_groups(param_groups: Sequence[MutableMapping[str, Any]]) -> None:
                     f'param_groups[{i}]["params"][{j}] is of type {type(param).__name__}, but '
                     "must be a tensor"
                 )
+
+
+def _refuse_misspelt(i: int, group: Mapping[str, Any]) -> None:
+    """Raises for a name that is nearly an option's; other entries are the user's own."""
+    for name in group.keys() - _ENTRIES:
+        meant = _nearest_option(name)
+        if meant is not None:
+            raise ValueError(
+                f"param_groups[{i}] has {name!r}, which is no option; did you mean {meant!r}?"
+            )
+
+
+@lru_cache
+def _nearest_option(name: object) -> str | None:
+    if name in _SHARED or not isinstance(name, str):
+        return None
+    return nearest_name(name, (*_SHARED, "initial_lr", *(option.name for option in GROUP_OPTIONS)))
 
 
 def _listed(name: str, params: Any) -> list[Any]:
@@ -188,10 +210,12 @@ def complete_new_group(param_groups: Sequence[dict[str, Any]]) -> None:
         param_groups: The optimizer's; the last was just added.
 
     Raises:
-        ValueError: An option is out of its range, or the parameters are on several devices.
+        ValueError: An option is out of its range or misspelt, or the parameters are on several
+            devices.
         TypeError: There is no ``T_0``.
     """
     group = param_groups[-1]
+    _refuse_misspelt(len(param_groups) - 1, group)
     if "T_0" not in group:
         raise TypeError(
             "FusedSGDR needs T_0, the length of the first cycle: pass T_0=..., or set it in each "
@@ -261,7 +285,10 @@ def index_of_group(param_groups: Sequence[Any], group: int) -> int:
     """
     index: int = INTEGER.plain("group", group)
     if not -len(param_groups) <= index < len(param_groups):
-        raise IndexError(f"group={index} is none of the {len(param_groups)} param groups")
+        raise IndexError(
+            f"group={index} is out of range: there are {len(param_groups)} param groups, numbered "
+            f"from 0 to {len(param_groups) - 1}, or from -1 backwards"
+        )
     return index % len(param_groups)
 
 

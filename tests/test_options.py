@@ -245,6 +245,77 @@ def test_group_may_have_entries_of_the_user(backend):
     assert optimizer.state_dict()["param_groups"][0]["note"] is note
 
 
+OF_OTHERS = [
+    *("name", "lr_scale", "lr_mult", "wd", "max_lr", "min_lr", "swa_lr", "eta_max", "init_lr"),
+    *("max_momentum", "base_momentum", "no_weight_decay", "weight_decay_mult", "decay", "T_max"),
+    *("foreach", "fused", "differentiable", "betas", "eps", "layer_decay", "warmup_lr"),
+]
+
+
+def test_entries_of_other_libraries_are_no_misspelt_options(backend):
+    """timm, MMEngine, torch's schedulers and people's own code put these into groups."""
+    group = {"params": make_params([3]), **dict.fromkeys(OF_OTHERS, 1)}
+    FusedSGDR([group], T_0=3, backend=backend).step()
+
+
+MISSPELT = {
+    "T_Mult": "T_mult",
+    "T0": "T_0",
+    "Lr": "lr",
+    "weight_decey": "weight_decay",
+    "weight-decay": "weight_decay",
+    "nestrov": "nesterov",
+    "damping": "dampening",
+    "warmup_step": "warmup_steps",
+    "inital_lr": "initial_lr",
+    "max_gradnorm": "max_grad_norm",
+}
+misspelt = pytest.mark.parametrize(("name", "meant"), MISSPELT.items(), ids=MISSPELT)
+
+
+@misspelt
+def test_misspelt_option_of_a_group_is_named_with_what_was_meant(name, meant):
+    """It was taken in silence, and the group trained with the default."""
+    message = re.escape(f"param_groups[1] has {name!r}, which is no option; did you mean {meant!r}")
+    one, other = make_params([3, 3])
+    with pytest.raises(ValueError, match=message):
+        FusedSGDR([{"params": [one], "T_0": 3}, {"params": [other], name: 2}], lr=0.1)
+    optimizer = make_optimizer()
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [other], name: 2})
+    assert len(optimizer.param_groups) == 1
+
+
+@misspelt
+def test_misspelt_option_written_into_a_group_is_an_error_at_the_next_step(backend, name, meant):
+    optimizer = make_optimizer(backend=backend)
+    optimizer.step()
+    optimizer.param_groups[0][name] = 2
+    with pytest.raises(ValueError, match=f"did you mean {meant!r}"):
+        optimizer.step()
+    del optimizer.param_groups[0][name]
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("max_grad_norm", 1.0, 2.0),
+        ("skip_nonfinite", True, False),
+        ("backend", "reference", "auto"),
+    ],
+)
+def test_option_of_the_whole_optimizer_in_a_group_must_be_the_optimizers(name, value, other):
+    """Horovod and ZeroRedundancyOptimizer put every option into each group."""
+    group = {"params": make_params([3]), name: value}
+    FusedSGDR([group], T_0=3, **{name: value}).step()
+    with pytest.raises(ValueError, match=f"{name}=.*option of the whole optimizer"):
+        FusedSGDR([group], T_0=3, **{name: other})
+    with pytest.raises(ValueError, match=f"{name}=.*option of the whole optimizer"):
+        make_optimizer(**{name: other}).add_param_group(group)
+
+
 # -------------------------------------------------------------------------------- the pair's side
 
 

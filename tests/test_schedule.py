@@ -326,7 +326,7 @@ def test_both_backends_stop_growing_cycles_at_the_same_one(backend, T_mult, cycl
 
 
 @settings(max_examples=100, deadline=None)
-@given(schedule=SCHEDULES, cycle=st.integers(0, 300))
+@given(schedule=SCHEDULES, cycle=st.integers(0, 250))  # later ones may start after step 2**61
 def test_cycle_start_is_where_the_cycle_begins(schedule, cycle):
     start = schedule.cycle_start(cycle)
     assert start == schedule.warmup_steps + sum(map(schedule.cycle_length, range(cycle)))

@@ -2,6 +2,7 @@
 
 import pytest
 from cases import ANY_OPTIONS, BACKENDS, FULL_PRECISION, HALF_PRECISION, LAYOUTS, SGD_OPTIONS
+from missing import skip_module_where_something_is_missing, skipped_where_something_is_missing
 
 from sgdr_fused import native
 
@@ -13,6 +14,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "native":
             item.add_marker(pytest.mark.skip(reason=native.why_missing))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Skips a file that imports what is not installed."""
+    report = yield
+    skip_module_where_something_is_missing(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Skips a test whose fixtures need what is not installed."""
+    with skipped_where_something_is_missing():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skips a test that needs what is not installed."""
+    with skipped_where_something_is_missing():
+        return (yield)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -7,10 +7,13 @@ next function gets new ones.
 
 import multiprocessing
 import os
+import re
 import time
 import traceback
 import warnings
 from multiprocessing.connection import wait
+
+from sgdr_fused import native
 
 # Warnings of libraries, which our tests cannot avoid.
 LIBRARIES_OWN_WARNINGS = [
@@ -21,6 +24,8 @@ LIBRARIES_OWN_WARNINGS = [
     # FSDP2 around a tensor-parallel layer, whose output is a view of a DTensor's shard
     ("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning),
 ]
+if native.why_missing:
+    LIBRARIES_OWN_WARNINGS.append(("ignore", ".*" + re.escape(native.why_missing), UserWarning))
 
 
 class Ranks:

@@ -1,0 +1,88 @@
+"""The tests themselves: what is not installed makes them skip, and say what to install."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from missing import EXTRAS, how_to_install, with_advice
+
+REPOSITORY = Path(__file__).parent.parent
+PYPROJECT = REPOSITORY / "pyproject.toml"
+# Runs pytest in a Python that does not find some modules.
+WITHOUT = """
+import sys
+
+missing = sys.argv[1].split(",")
+
+
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing)
+import pytest
+
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+def run_without(modules, *args):
+    """What pytest prints where modules are not installed; it must succeed."""
+    command = [sys.executable, "-c", WITHOUT, modules, *args]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return " ".join(ran.stdout.split())
+
+
+def test_tests_without_the_extension_skip_or_run_by_the_reference():
+    """100 of them failed: those that ask for native, and those that met the warning of "auto"."""
+    printed = run_without(
+        "sgdr_fused._native,sgdr_fused._built_for",
+        "tests/test_errors.py::test_state_of_a_parameter_must_be_a_dict",
+        "tests/test_errors.py::test_T_0_may_be_given_in_each_group_only",
+        "tests/test_errors.py::test_restart_with_an_invalid_option_restarts_no_group",
+        "tests/test_errors.py::test_options_that_exclude_each_other_are_refused_in_a_new_group",
+    )
+    assert re.search(r"tests/test_errors.py:\d+: the native", printed)
+    assert "6 passed, 3 skipped" in printed
+
+
+def test_tests_without_optional_modules_skip_and_name_the_extra():
+    """The import of hypothesis and numpy was an error, and skips did not say what to install."""
+    printed = run_without(
+        "hypothesis,matplotlib,numpy,sklearn,transformers",
+        *("tests/test_schedule.py", "tests/test_options.py", "tests/test_plot_schedule.py"),
+        *("tests/test_demo.py", "tests/trainers/test_hugging_face.py"),
+    )
+    for module in ("hypothesis", "numpy", "matplotlib", "sklearn"):
+        assert f"""No module named '{module}'; run: pip install ".[test]" """ in printed, module
+    assert """No module named 'transformers'; run: pip install ".[trainers]" """ in printed
+    assert "passed" not in printed
+
+
+@pytest.mark.skipif(not PYPROJECT.exists(), reason="installed without its sources")
+@pytest.mark.parametrize("module", EXTRAS)
+def test_extra_that_is_named_brings_the_module(module):
+    package = {"sklearn": "scikit-learn", "myst_parser": "myst-parser"}.get(module, module)
+    extra = re.search(rf"^{EXTRAS[module]} = \[(.*)\]$", PYPROJECT.read_text(), re.MULTILINE)[1]
+    assert re.search(rf'"{package}\b', extra)
+
+
+@pytest.mark.parametrize(
+    ("reason", "command"),
+    [
+        ("No module named 'sklearn.datasets'", 'pip install ".[test]"'),
+        ("could not import 'timm.optim': No module named 'torchvision'", "pip install --no-deps"),
+        ("No module named 'optax'", 'pip install ".[peers]"'),
+        ("there is no GPU", ""),
+        ("No module named 'horovod'", ""),
+    ],
+)
+def test_command_installs_the_module_of_the_message(reason, command):
+    assert how_to_install(reason).startswith(command)
+    assert with_advice(with_advice(reason)) == with_advice(reason)
+    assert (with_advice(reason) == reason) is not bool(command)

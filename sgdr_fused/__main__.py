@@ -1,4 +1,4 @@
-"""Runs the command line: ``python -m sgdr_fused --help``."""
+"""Runs the command line, as ``sgdr-fused`` does: ``python -m sgdr_fused --help``."""
 
 from sgdr_fused.cli.main import main
 

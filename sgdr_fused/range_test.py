@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sgdr_fused.groups import position_of
 from sgdr_fused.optimizer import FusedSGDR
+from sgdr_fused.pictures import new_figure
 from sgdr_fused.values import floats, integers
 
 __all__ = ["RangeTest", "lr_range_test"]
@@ -42,7 +43,7 @@ class RangeTest:
     def plot(self, path: str) -> None:
         """Draw the smoothed loss over the LR, with a dot at the suggestion.
 
-        Needs matplotlib: ``pip install "sgdr_fused[plot]"``.
+        Needs matplotlib: ``pip install matplotlib``.
 
         Args:
             path: The picture's file: a .png, .svg or .pdf.
@@ -50,9 +51,7 @@ class RangeTest:
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5.6, 2.5), layout="constrained")
+        figure = new_figure("RangeTest.plot()", 5.6, 2.5)
         ax = figure.subplots()
         ax.plot(self.lrs, self.smoothed)
         if self.suggestion is not None:

@@ -1,4 +1,4 @@
-"""python -m sgdr_fused: inspect a schedule before training."""
+"""sgdr-fused, or python -m sgdr_fused: inspect a schedule before training."""
 
 import json
 import os
@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+import sgdr_fused
 from sgdr_fused import CosineWarmRestarts
 from sgdr_fused.cli.main import main
-from sgdr_fused.cli.phases import phases_of
+from sgdr_fused.cli.phases import Phases
 from sgdr_fused.cli.text_plot import curve
 
 SCHEDULE = ["schedule", "--T-0", "10", "--T-mult", "2", "--epochs", "100"]
@@ -47,10 +48,56 @@ def test_schedule_prints_every_cycle_and_its_restart(run):
     assert float(rows[1][4]) == pytest.approx(schedule.lr_at(29), rel=1e-5)
 
 
-def test_more_cycles_than_can_be_listed_are_an_error_at_once(capsys):
+LONG = ["schedule", "--T-0", "10", "--cycle-decay", "0.9", "--epochs", str(10**15)]
+
+
+def test_schedule_of_any_length_is_printed_at_once(run):
+    """100 million epochs printed nothing for a minute, and 100,000 cycles a solid block."""
+    printed = run(*LONG)
+    rows = rows_of(printed)
+    assert rows[0] == ["0", "0", "10", "0.1", "0.00244717"]
+    assert rows[-1][:3] == [str(10**14 - 1), str(10**15 - 10), "10"]
+    assert len(rows) == 24
+    assert f"... {10**14 - 23} more ..." in printed
+    assert f"The first 18 of {10**14} cycles:\n0.1 |" in printed
+    assert printed.endswith("180 epochs\n")
+    assert printed.splitlines()[-2].count("|") == 17
+
+
+def test_epochs_are_printed_in_full(run):
+    assert run("schedule", "--T-0", 10, "--T-mult", 2, "--epochs", 10**6).endswith(
+        "1000000 epochs\n"
+    )
+
+
+def test_fit_of_any_length_is_printed_at_once(run):
+    printed = run("fit", "--epochs", 10**15, "--cycles", 10**9)
+    assert printed.startswith("T_0=1000000: 1000000000 cycles in")
+
+
+@pytest.mark.parametrize("argv", [LONG, ["fit", "--epochs", str(10**15), "--cycles", str(10**9)]])
+def test_more_steps_than_json_can_list_are_an_error_at_once(argv, capsys):
     with pytest.raises(SystemExit):
-        main(["fit", "--epochs", str(10**15), "--cycles", str(10**9)])
-    assert "has 999999999 restarts" in capsys.readouterr().err
+        main([*argv, "--json"])
+    assert f"but {10**15} are more than 1000000; in Python" in capsys.readouterr().err
+
+
+def test_long_schedule_is_plotted_by_its_beginning(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(*LONG, "--plot", tmp_path / "schedule.svg")
+    assert f"the first 50 of {10**14} cycles" in (tmp_path / "schedule.svg").read_text()
+
+
+def test_options_may_be_spelt_as_in_python(run):
+    assert run(*(arg.replace("--T-", "--T_") for arg in SCHEDULE)) == run(*SCHEDULE)
+    assert run("schedule", "--T_0=10", "--epochs=9", "--warmup_start_lr=1e-2", "--warmup_steps=2")
+
+
+def test_version_is_told(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"sgdr_fused {sgdr_fused.__version__}\n"
 
 
 def test_schedule_says_that_the_training_ends_within_a_cycle(run):
@@ -82,12 +129,12 @@ def test_every_option_of_the_schedule_has_an_effect(run):
 
 def test_phases_cover_the_schedule_from_first_to_last_step():
     schedule = CosineWarmRestarts(lr=1.0, T_0=4, T_mult=2, warmup_steps=3, n_cycles=2)
-    names = [(p.name, p.start, p.steps) for p in phases_of(schedule, 20)]
+    names = [(p.name, p.start, p.steps) for p in Phases(schedule, 20)]
     assert names == [("warm-up", 0, 3), ("0", 3, 4), ("1", 7, 8), ("end", 15, 5)]
-    assert [p.name for p in phases_of(schedule, 2)] == ["warm-up"]
-    assert [(p.name, p.steps) for p in phases_of(schedule, 15)][-1] == ("1", 8)
+    assert [p.name for p in Phases(schedule, 2)] == ["warm-up"]
+    assert [(p.name, p.steps) for p in Phases(schedule, 15)][-1] == ("1", 8)
     for total in range(1, 25):
-        phases = phases_of(schedule, total)
+        phases = Phases(schedule, total)
         assert sum(phase.steps for phase in phases) == total
         assert [p.is_cut_short for p in phases[:-1]] == [False] * (len(phases) - 1)
         assert phases[-1].last_lr == schedule.lr_at(total - 1)
@@ -139,7 +186,23 @@ def test_fit_without_a_rest_mentions_none(run):
     ("argv", "says"),
     [
         (["schedule", "--T-0", "0", "--epochs", "9"], "Invalid T_0 value: 0; T_0 must be"),
-        (["schedule", "--T-0", "x", "--epochs", "9"], "'x'"),
+        (["schedule", "--T-0", "x", "--epochs", "9"], "argument --T-0: 'x' is not an integer"),
+        (
+            ["schedule", "--T-0", "3", "--epochs", "1e3"],
+            "argument --epochs: '1e3' is not an integer",
+        ),
+        (["schedule", "--T-0", "3", "--T-mult", "x"], "argument --T-mult: 'x' is not a number"),
+        (["schedule", "--T-0", "3", "--lr", "x"], "argument --lr: 'x' is not a number"),
+        (["schedule", "--T0", "3", "--epochs", "9"], "no option --T0; did you mean --T-0?"),
+        (
+            ["fit", "--epochs=9", "--cycle=2", "--tmult=2"],
+            "no option --tmult; did you mean --T-mult?",
+        ),
+        (["fit", "--zzzz"], "no option --zzzz; see sgdr-fused fit --help"),
+        (
+            ["schedule", "--T-0", "3", "--epochs", str(2**53), "--steps-per-epoch", "9"],
+            "Invalid epochs * steps_per_epoch value",
+        ),
         (["schedule", "--T-0", "3", "--epochs", "0"], "Invalid epochs value: 0; epochs must be"),
         (["schedule", "--T-0", "3", "--epochs", "9" * 400], "Invalid epochs value: 999"),
         (["schedule", "--T-0", "3"], "--epochs"),
@@ -185,7 +248,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*SCHEDULE, "--plot", "x.png"])
     assert exit_.value.code == 2
-    assert 'pip install "sgdr_fused[plot]"' in capsys.readouterr().err
+    assert "--plot needs matplotlib; run: pip install matplotlib" in capsys.readouterr().err
 
 
 def in_a_terminal(**environment):

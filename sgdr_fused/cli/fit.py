@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from sgdr_fused.cli.parser import Commands, real
+from sgdr_fused.cli.parser import Commands, integer, real
 from sgdr_fused.cli.report import add_output_options, report
 from sgdr_fused.schedule import CosineWarmRestarts, fit_T_0
 
@@ -24,10 +24,10 @@ def add_to(commands: Commands) -> None:
         description="The longest first cycle for which a number of cycles fits a budget.",
     )
     parser.set_defaults(command=_show_fit)
-    parser.add_argument("--epochs", type=int, required=True, help="the budget, without warm-up")
-    parser.add_argument("--cycles", type=int, required=True, help="number of cycles")
+    parser.add_argument("--epochs", type=integer, required=True, help="the budget, without warm-up")
+    parser.add_argument("--cycles", type=integer, required=True, help="number of cycles")
     parser.add_argument("--T-mult", type=real, default=1, help="each cycle is longer by")
-    parser.add_argument("--lr", type=float, default=0.1, help="the peak (%(default)s)")
+    parser.add_argument("--lr", type=real, default=0.1, help="the peak (%(default)s)")
     add_output_options(parser)
 
 
@@ -35,12 +35,9 @@ def _show_fit(args: argparse.Namespace) -> None:
     T_0 = fit_T_0(args.epochs, args.cycles, args.T_mult)
     schedule = CosineWarmRestarts(lr=args.lr, T_0=T_0, T_mult=args.T_mult, n_cycles=args.cycles)
     used = schedule.cycle_start(args.cycles)
-    starts = [0, *schedule.restarts(used)]  # an error if there are too many to list
-    lengths = [schedule.cycle_length(cycle) for cycle in range(len(starts))]
     cycles = "1 cycle" if args.cycles == 1 else f"{args.cycles} cycles"
     answer = f"T_0={T_0}: {cycles} in {used} of {args.epochs} epochs"
     if used < args.epochs:
         needed = replace(schedule, T_0=T_0 + 1).cycle_start(args.cycles)
         answer += f"; {args.epochs - used} left over, T_0={T_0 + 1} would need {needed}"
-    fitted = {"T_0": T_0, "cycle_lengths": lengths, "epochs_used": used}
-    report(schedule, used, args, fitted, [answer])
+    report(schedule, used, args, {"T_0": T_0, "epochs_used": used}, [answer])

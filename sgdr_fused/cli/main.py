@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sgdr_fused.cli import build, doctor, fit, schedule
-from sgdr_fused.cli.parser import Parser
+from sgdr_fused.cli.parser import Commands, Parser, with_dashes
 from sgdr_fused.version import __version__
 
 __all__ = ["main"]
@@ -19,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Its arguments; None: those of the process.
     """
-    parser = _make_parser()
+    parser, commands = _make_parser()
+    argv = with_dashes(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in commands.choices:
+        commands.choices[argv[0]].refuse_unknown(argv[1:])
     args = parser.parse_args(argv)
     try:
         args.command(args)
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def _make_parser() -> Parser:
+def _make_parser() -> tuple[Parser, Commands]:
     parser = Parser(
         prog="sgdr-fused",
         description="Builds and checks the native backend; looks at a schedule before training.",
@@ -41,4 +44,4 @@ def _make_parser() -> Parser:
     for command in (build, doctor, schedule, fit):
         command.add_to(commands)
     commands.metavar = " | ".join(commands.choices)
-    return parser
+    return parser, commands

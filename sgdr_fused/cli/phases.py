@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 from sgdr_fused.schedule import CosineWarmRestarts
 
-__all__ = ["Phase", "phases_of", "steps_to_draw"]
+__all__ = ["Phase", "Phases", "beginning_of", "steps_to_draw"]
 
 
 class Phase(NamedTuple):
@@ -34,44 +35,89 @@ class Phase(NamedTuple):
         return self.steps < self.length
 
 
-def phases_of(schedule: CosineWarmRestarts, total_steps: int) -> list[Phase]:
-    """The phases of a training, in order.
+class Phases(Sequence[Phase]):
+    """The phases of a training, in order; each is computed when it is asked for.
 
     Args:
         schedule: The schedule.
         total_steps: Length of the training in steps.
-
-    Returns:
-        The phases that begin below ``total_steps``.
     """
-    bounds = [("warm-up", 0, schedule.warmup_steps)] if schedule.warmup_steps else []
-    for cycle, start in enumerate([schedule.warmup_steps, *schedule.restarts(total_steps)]):
-        bounds.append((str(cycle), start, schedule.cycle_length(cycle)))
-    _, start, length = bounds[-1]
-    if schedule.is_over(len(bounds) - bool(schedule.warmup_steps)):
-        bounds.append(("end", start + length, max(0, total_steps - start - length)))
-    phases = []
-    for name, start, length in bounds:
-        steps = min(length, total_steps - start)
-        if steps > 0:
-            first_lr, last_lr = schedule.lr_at(start), schedule.lr_at(start + steps - 1)
-            phases.append(Phase(name, start, steps, length, first_lr, last_lr))
-    return phases
+
+    def __init__(self, schedule: CosineWarmRestarts, total_steps: int) -> None:
+        self._schedule = schedule
+        self._total_steps = total_steps
+        self._has_warmup = schedule.warmup_steps > 0
+        self.n_cycles = _cycles_begun(schedule, total_steps)
+        """Number of cycles that begin within the training."""
+        has_end = self.n_cycles > 0 and schedule.position(total_steps - 1).cycle == self.n_cycles
+        self._length = self._has_warmup + self.n_cycles + has_end
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Phase: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Phase]: ...
+
+    def __getitem__(self, index: int | slice) -> Phase | list[Phase]:
+        chosen = range(len(self))[index]
+        return self._phase(chosen) if isinstance(chosen, int) else [*map(self._phase, chosen)]
+
+    def _phase(self, index: int) -> Phase:
+        schedule, cycle = self._schedule, index - self._has_warmup
+        if cycle < 0:
+            name, start, length = "warm-up", 0, schedule.warmup_steps
+        elif cycle < self.n_cycles:
+            name, start = str(cycle), schedule.cycle_start(cycle)
+            length = schedule.cycle_length(cycle)
+        else:
+            start = schedule.cycle_start(cycle)
+            name, length = "end", self._total_steps - start
+        steps = min(length, self._total_steps - start)
+        first_lr, last_lr = schedule.lr_at(start), schedule.lr_at(start + steps - 1)
+        return Phase(name, start, steps, length, first_lr, last_lr)
+
+
+def beginning_of(schedule: CosineWarmRestarts, total_steps: int, n_cycles: int) -> int:
+    """Steps of a training until so many cycles have ended; all of them if it has no more cycles.
+
+    Args:
+        schedule: The schedule.
+        total_steps: Length of the training in steps.
+        n_cycles: Number of cycles.
+    """
+    if _cycles_begun(schedule, total_steps) <= n_cycles:
+        return total_steps
+    return schedule.cycle_start(n_cycles)
 
 
 def steps_to_draw(schedule: CosineWarmRestarts, total_steps: int, about: int) -> list[int]:
-    """Steps whose LRs show the whole curve: evenly spaced ones, and those around each restart.
+    """Steps whose LRs show the whole curve: evenly spaced ones, and those around restarts.
 
     Args:
         schedule: The schedule.
         total_steps: Length of the training in steps.
-        about: Number of evenly spaced steps; a shorter training gives all of its steps.
+        about: Number of evenly spaced steps, and of restarts; all if there are fewer.
 
     Returns:
         Step numbers in ascending order, including the first and the last step.
     """
-    about = min(about, total_steps)
-    spread = {i * total_steps // about for i in range(about)}
-    turns = [schedule.warmup_steps, *schedule.restarts(total_steps)]
-    around = {step for turn in turns for step in (turn - 1, turn) if 0 <= step < total_steps}
-    return sorted(spread | around | {total_steps - 1})
+    turns = map(schedule.cycle_start, _spread(_cycles_begun(schedule, total_steps), about))
+    around = {step for turn in turns for step in (turn - 1, turn) if step >= 0}
+    return sorted({*_spread(total_steps, about), *around, total_steps - 1})
+
+
+def _spread(n: int, about: int) -> list[int]:
+    """The integers below ``n``, or so many of them, evenly spaced."""
+    about = min(about, n)
+    return [i * n // about for i in range(about)]
+
+
+def _cycles_begun(schedule: CosineWarmRestarts, total_steps: int) -> int:
+    """Number of cycles that begin within a training."""
+    position = schedule.position(total_steps - 1)
+    if position.T_cur < 0:
+        return 0
+    return position.cycle + (not schedule.is_over(position.cycle))

@@ -12,13 +12,18 @@ from dataclasses import asdict
 from typing import Any
 
 from sgdr_fused.cli.parser import Parser
-from sgdr_fused.cli.phases import phases_of
+from sgdr_fused.cli.phases import Phases, beginning_of
 from sgdr_fused.cli.plot import plot_schedule
 from sgdr_fused.cli.text_plot import bold, curve, cyan, plain, table
+from sgdr_fused.pictures import new_figure
 from sgdr_fused.schedule import CosineWarmRestarts
 from sgdr_fused.values import LENGTH
 
 __all__ = ["add_output_options", "report"]
+
+# Steps.
+_LONGEST_JSON = 10**6
+_MOST_CYCLES_IN_A_PICTURE = 50
 
 
 def add_output_options(parser: Parser) -> None:
@@ -28,7 +33,7 @@ def add_output_options(parser: Parser) -> None:
         parser: That of a command.
     """
     parser.add_argument("--plot", metavar="FILE", help="draw the LR: a .png, .svg or .pdf")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON, with each LR")
 
 
 def report(
@@ -51,15 +56,21 @@ def report(
         ValueError: ``epochs`` is out of its range.
     """
     LENGTH.plain("epochs", epochs)
-    total_steps = epochs * schedule.steps_per_epoch
+    total_steps: int = LENGTH.plain("epochs * steps_per_epoch", epochs * schedule.steps_per_epoch)
+    if args.json and total_steps > _LONGEST_JSON:
+        raise ValueError(
+            f"--json prints the LR of each step, but {total_steps} are more than {_LONGEST_JSON}; "
+            "in Python, CosineWarmRestarts(...).lr_at(step) gives any of them"
+        )
     if args.plot:
         _save_picture(schedule, total_steps, args.plot)
-    phases = phases_of(schedule, total_steps)
+    phases = Phases(schedule, total_steps)
     if args.json:
         entries = {
             **(answer or {}),
             "options": asdict(schedule),
             "total_steps": total_steps,
+            "cycle_lengths": [schedule.cycle_length(cycle) for cycle in range(phases.n_cycles)],
             "restarts": schedule.restarts(total_steps),
             "phases": [phase._asdict() for phase in phases],
             "lr": [schedule.lr_at(step) for step in range(total_steps)],
@@ -80,13 +91,13 @@ def report(
 
 
 def _save_picture(schedule: CosineWarmRestarts, total_steps: int, path: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError('--plot needs matplotlib; run: pip install "sgdr_fused[plot]"') from error
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    ax = plot_schedule(schedule, total_steps, figure.subplots())
+    figure = new_figure("--plot", 8, 4)
+    shown_steps = beginning_of(schedule, total_steps, _MOST_CYCLES_IN_A_PICTURE)
+    ax = plot_schedule(schedule, shown_steps, figure.subplots())
     ax.set_xlabel("epoch")
+    if shown_steps < total_steps:
+        n_cycles = Phases(schedule, total_steps).n_cycles
+        ax.set_title(f"the first {_MOST_CYCLES_IN_A_PICTURE} of {n_cycles} cycles")
     figure.savefig(path, dpi=150)
 
 

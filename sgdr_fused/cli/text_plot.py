@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sgdr_fused.cli.phases import Phase, steps_to_draw
+from sgdr_fused.cli.phases import Phase, Phases, beginning_of, steps_to_draw
 from sgdr_fused.schedule import CosineWarmRestarts
 
 __all__ = ["Style", "bold", "curve", "cyan", "plain", "table"]
@@ -15,6 +15,8 @@ Style = Callable[[str], str]
 # Samples of the LR in each column of the curve.
 _STEPS_IN_A_COLUMN = 16
 _LONGEST_TABLE = 24
+# With fewer, on average, the curve is a solid block.
+_COLUMNS_OF_A_CYCLE = 4
 
 
 def plain(text: str) -> str:
@@ -46,8 +48,10 @@ def table(phases: Sequence[Phase], steps_per_epoch: int, style: Style = plain) -
     in_steps = steps_per_epoch > 1
     heading = ["step", "steps"] if in_steps else ["epochs"]
     rows = [["cycle", "epoch", *heading, "first LR", "last LR"]]
-    for phase in phases:
-        epoch = f"{phase.start / steps_per_epoch:g}"
+    half = _LONGEST_TABLE // 2
+    is_cut = len(phases) >= _LONGEST_TABLE
+    for phase in [*phases[: half - 1], *phases[-half:]] if is_cut else phases:
+        epoch = _in_epochs(phase.start, steps_per_epoch)
         step = [str(phase.start)] if in_steps else []
         length = f"{phase.steps} of {phase.length}" if phase.is_cut_short else str(phase.steps)
         lrs = [f"{phase.first_lr:.6g}", f"{phase.last_lr:.6g}"]
@@ -57,9 +61,8 @@ def table(phases: Sequence[Phase], steps_per_epoch: int, style: Style = plain) -
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    if len(lines) > _LONGEST_TABLE:
-        half = _LONGEST_TABLE // 2
-        lines[half:-half] = [f"... {len(lines) - 2 * half} more ..."]
+    if is_cut:
+        lines.insert(half, f"... {len(phases) + 1 - 2 * half} more ...")
     return [style(lines[0]), *lines[1:]]
 
 
@@ -71,6 +74,9 @@ def curve(
     style: Style = plain,
 ) -> list[str]:
     """The LR over the training, drawn with ``*``; a ``|`` below it is a restart.
+
+    Only the first cycles are drawn if there are too many to tell one from another; a first line
+    says so.
 
     Args:
         schedule: The schedule.
@@ -85,6 +91,9 @@ def curve(
     scale = max(schedule.lr, schedule.warmup_start_lr)
     labels = {0: f"{scale:.4g}", height - 1: "0"}
     margin = max(map(len, labels.values())) + 2
+    n_cycles = Phases(schedule, total_steps).n_cycles
+    most_cycles = max(1, (width - margin) // _COLUMNS_OF_A_CYCLE)
+    total_steps = beginning_of(schedule, total_steps, most_cycles)
     columns = max(1, min(width - margin, total_steps))
 
     def column_of(step: int) -> int:
@@ -103,8 +112,10 @@ def curve(
     axis = ["-"] * columns
     for restart in schedule.restarts(total_steps):
         axis[column_of(restart)] = "|"
-    end = f"{total_steps / schedule.steps_per_epoch:g} epochs"
+    end = f"{_in_epochs(total_steps, schedule.steps_per_epoch)} epochs"
+    is_cut = n_cycles > most_cycles
     return [
+        *([f"The first {most_cycles} of {n_cycles} cycles:"] if is_cut else []),
         *(
             (f"{labels.get(i, '').rjust(margin - 2)} |" + style("".join(row).rstrip())).rstrip()
             for i, row in enumerate(cells)
@@ -112,3 +123,8 @@ def curve(
         " " * (margin - 1) + "+" + "".join(axis),
         " " * margin + "0" + end.rjust(max(columns - 1, len(end) + 1)),
     ]
+
+
+def _in_epochs(steps: int, steps_per_epoch: int) -> str:
+    whole, rest = divmod(steps, steps_per_epoch)
+    return f"{steps / steps_per_epoch:g}" if rest else str(whole)

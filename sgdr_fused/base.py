@@ -18,6 +18,7 @@ from sgdr_fused.cycle_end import CycleEnd
 from sgdr_fused.device_state import host_copy
 from sgdr_fused.groups import as_list, complete_new_group, listed
 from sgdr_fused.native import is_profiling
+from sgdr_fused.noted_groups import REFUSAL, NotedGroups
 from sgdr_fused.options import (
     Backend,
     Clipping,
@@ -40,7 +41,6 @@ from sgdr_fused.steppers import (
     traced_stepper,
 )
 from sgdr_fused.tensors import refuse_norm_of_flat_shards
-from sgdr_fused.torch_schedulers import REFUSAL, NotedGroups
 from sgdr_fused.values import shown
 
 __all__ = ["SteppedOptimizer"]
@@ -75,7 +75,7 @@ class SteppedOptimizer(Optimizer):
         self._clipping = clipping
         # Whatever changes groups, state or stepper holds it, and so does a step.
         self._lock = new_lock()
-        self._noted_groups = NotedGroups()
+        self._noted_groups = NotedGroups(self._shared_options())
         self._stepper = new_stepper(self.backend, clipping, self._lock, self._noted_groups)
         # torch explains why it takes no single tensor.
         super().__init__(
@@ -231,7 +231,11 @@ class SteppedOptimizer(Optimizer):
     def _set_clipping(self, clipping: Clipping) -> None:
         with self._lock:
             self._clipping = clipping
+            self._noted_groups.shared = self._shared_options()
             self._stepper.set_clipping(*clipping)
+
+    def _shared_options(self) -> dict[str, Any]:
+        return self._clipping._asdict() | {"backend": self.backend}
 
     def _begin(self) -> None:
         """Begins where the groups' schedules have been put."""
@@ -267,8 +271,7 @@ class SteppedOptimizer(Optimizer):
             n_groups = len(self.param_groups)
             try:
                 super().add_param_group(listed(param_group, n_groups))
-                own = self._clipping._asdict() | {"backend": self.backend}
-                refuse_options_of_all_groups(self.param_groups[-1], own)
+                refuse_options_of_all_groups(self.param_groups[-1], self._shared_options())
                 complete_new_group(self.param_groups)
                 self._check_clipping(self._clipping)
                 self._sync()
@@ -379,11 +382,11 @@ class SteppedOptimizer(Optimizer):
             self._clipping = clipping
         else:
             self._lock = new_lock()
-        self._noted_groups = NotedGroups()
         try:
             super().__setstate__(state)
         finally:
             self.defaults.pop("differentiable", None)
+        self._noted_groups = NotedGroups(self._shared_options())
         self._stepper = new_stepper(self.backend, self._clipping, self._lock, self._noted_groups)
         self._begin()
 

@@ -212,7 +212,7 @@ def refuse_options_of_all_groups(group: Mapping[str, Any], own: Mapping[str, Any
         if name in group and group[name] != value:
             raise ValueError(
                 f"a param group has {name}={shown(group[name])}, which is an option of the whole "
-                "optimizer; pass it to FusedSGDR()"
+                f"optimizer; pass it to FusedSGDR(), or set optimizer.{name}"
             )
 
 

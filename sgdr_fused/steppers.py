@@ -17,11 +17,11 @@ from torch import Tensor
 from sgdr_fused import native
 from sgdr_fused.compiled import TracedStepper, is_traceable
 from sgdr_fused.device_state import sync_group_on_device, sync_group_on_host, to_host
+from sgdr_fused.noted_groups import NotedGroups
 from sgdr_fused.options import Backend, Clipping, plain_option
 from sgdr_fused.reference import ReferenceStepper
 from sgdr_fused.shards import local_tensor, shard_axes, sum_over_shards
 from sgdr_fused.tensors import check_tensors, kinds_of_tensors
-from sgdr_fused.torch_schedulers import NotedGroups
 
 __all__ = [
     "Stepper",

@@ -316,6 +316,23 @@ def test_option_of_the_whole_optimizer_in_a_group_must_be_the_optimizers(name, v
         make_optimizer(**{name: other}).add_param_group(group)
 
 
+def test_option_of_the_whole_optimizer_written_into_a_group_is_an_error_at_the_next_step(backend):
+    """It had no effect, without a word."""
+    optimizer = make_optimizer(backend=backend)
+    optimizer.step()
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"max_grad_norm=1.0.* set optimizer\.max_grad_norm"):
+            optimizer.step()
+    optimizer.max_grad_norm = 1.0  # now they agree
+    optimizer.step()
+    # A wrapper's groups keep what the optimizer was made with.
+    optimizer.max_grad_norm = 2.0
+    optimizer.param_groups[0]["momentum"] = 0.8
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 3
+
+
 # -------------------------------------------------------------------------------- the pair's side
 
 

@@ -1,13 +1,18 @@
-"""Why FusedSGDR takes no torch LR scheduler, and what such a scheduler has written until then."""
+"""What others write into an optimizer's param groups that must not be there.
+
+A torch LR scheduler has written into them before FusedSGDR can refuse it. An option of the whole
+optimizer has no effect in a group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from sgdr_fused.groups import check_groups
+from sgdr_fused.options import OPTIONS, refuse_options_of_all_groups
 
 __all__ = ["REFUSAL", "NotedGroups"]
 
@@ -20,22 +25,37 @@ REFUSAL = (
 
 # OneCycleLR, CyclicLR and SWALR add these before they attach themselves.
 _ADDED = ("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
-_NOTED = ("initial_lr", "momentum", *_ADDED)
+_SHARED = tuple(option.name for option in OPTIONS if not option.per_group)
+_NOTED = ("initial_lr", "momentum", *_ADDED, *_SHARED)
 
 
 class NotedGroups:
     """Checks param groups, and notes what a torch LR scheduler may overwrite in them.
 
     Every stepper calls it when it first sees a change of the groups.
+
+    Args:
+        shared: The options of the whole optimizer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Mapping[str, Any]) -> None:
+        self.shared = shared
         # By id, because groups that are dropped must be freed.
         self._noted: dict[int, dict[str, Any]] = {}
 
     def __call__(self, param_groups: Sequence[MutableMapping[str, Any]]) -> None:
-        """:func:`~sgdr_fused.groups.check_groups`, with a note of each group."""
+        """:func:`~sgdr_fused.groups.check_groups`, with a note of each group.
+
+        Raises:
+            ValueError: An option of the whole optimizer was written into a group.
+        """
         check_groups(param_groups)
+        for group in param_groups:
+            noted = self._noted.get(id(group), {})
+            # ZeroRedundancyOptimizer's groups keep the values that the optimizer was made with.
+            names = [name for name in _SHARED if group.get(name) is not noted.get(name)]
+            written = {name: group[name] for name in names if name in group}
+            refuse_options_of_all_groups(written, self.shared)
         self._noted = {
             id(group): {name: group[name] for name in _NOTED if name in group}
             for group in param_groups

@@ -15,7 +15,7 @@ EXTRAS = {
     **dict.fromkeys(
         ("accelerate", "lightning", "tensorboard", "torchmetrics", "transformers"), "trainers"
     ),
-    **dict.fromkeys(("furo", "latex2mathml", "myst_parser", "sphinx"), "docs"),
+    **dict.fromkeys(("furo", "latex2mathml", "myst_parser", "sphinx", "sphinx_copybutton"), "docs"),
 }
 # Their dependencies would bring another torch.
 _ALONE = ("timm", "torchvision")

@@ -140,6 +140,7 @@ def test_native_backend_refuses_an_unsupported_device(device):
         FusedSGDR([param], backend="native", **OPTIONS).step()
 
 
+@needs_native
 def test_unsupported_device_falls_back_to_the_reference():
     param = torch.nn.Parameter(torch.ones(3, device="meta"))
     optimizer = FusedSGDR([param], **OPTIONS)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sgdr_fused import FusedSGDR
-from sgdr_fused.native import extension
+from sgdr_fused.native import extension, why_missing
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(extension is None, reason="the native backend is not built")
+pytestmark = pytest.mark.skipif(extension is None, reason=why_missing)
 
 
 @pytest.fixture(autouse=True)

@@ -434,7 +434,7 @@ def timm_module(name):
     """Imports a module of timm.scheduler without timm itself, which needs torchvision."""
     spec = importlib.util.find_spec("timm")
     if spec is None:
-        pytest.skip("no timm")
+        pytest.skip("could not import 'timm'")
     package = types.ModuleType("timm_scheduler")
     package.__path__ = [str(Path(spec.origin).parent / "scheduler")]
     sys.modules["timm_scheduler"] = package

@@ -1,10 +1,18 @@
 """What the tests are parametrised over, as fixtures."""
 
+import os
+
 import pytest
 from cases import ANY_OPTIONS, BACKENDS, FULL_PRECISION, HALF_PRECISION, LAYOUTS, SGD_OPTIONS
 from missing import skip_module_where_something_is_missing, skipped_where_something_is_missing
 
 from sgdr_fused import native
+
+
+def pytest_configure():
+    """Fails, instead of skipping most tests, where the native backend is required."""
+    if os.environ.get("SGDR_FUSED_NATIVE") == "1" and native.extension is None:
+        raise pytest.UsageError(f"SGDR_FUSED_NATIVE=1, but {native.why_missing}")
 
 
 def pytest_collection_modifyitems(items):

@@ -195,7 +195,7 @@ class FusedSGDR(ScheduledOptimizer):
 
     @property
     def uses_native(self) -> bool:
-        """Whether the native backend takes the steps; False: plain PyTorch, which is slower."""
+        """Whether the native backend takes the steps, and not plain PyTorch, which is slower."""
         return not isinstance(self._stepper, ReferenceStepper)
 
     @property

@@ -54,9 +54,10 @@ def skipped_where_something_is_missing():
         skipped.msg = with_advice(skipped.msg or "")
         raise
     except ModuleNotFoundError as error:
-        if not how_to_install(str(error)):
+        reason = f"No module named '{error.name}'"  # the message may be our own
+        if not how_to_install(reason):
             raise
-        _skip(with_advice(str(error)), error)
+        _skip(with_advice(reason), error)
     except Exception as error:
         if not native.why_missing or native.why_missing not in str(error):
             raise

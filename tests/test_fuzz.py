@@ -32,7 +32,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from sgdr_fused import FusedSGDR, native
 
-pytestmark = pytest.mark.skipif(native.extension is None, reason=native.why_missing)
+pytestmark = [
+    pytest.mark.skipif(native.extension is None, reason=native.why_missing),
+    # torch says it once, so that only one of two sides would raise.
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
+]
 
 CASES = int(os.environ.get("SGDR_FUSED_FUZZ", "0"))
 

@@ -3,6 +3,8 @@
 # "exhaustive" too: bugs planted in the CUDA kernels, all architectures, full products of options.
 # make sanitize: memory errors and data races, found by GCC's sanitizers.
 # make examples: all examples, some minutes. make docs: the documentation as a site.
+# make benchmark: all measurements, under 15 minutes on 2 idle cores; make readme: writes them into the README and
+# the pages.
 # make gpu-package: what a machine with a GPU needs to run tests and benchmark, in .gpu/.
 # Each makes its own virtual environment first, and again only when something was changed.
 
@@ -19,7 +21,7 @@ SITE := docs/_build/html
 # Without the native backend, which sgdr-fused build compiles.
 INSTALL := SGDR_FUSED_NATIVE=0 $(BIN)/pip install --disable-pip-version-check --no-build-isolation
 
-.PHONY: install demo examples test test-all sanitize benchmark gpu-package docs lint format clean
+.PHONY: install demo examples test test-all sanitize benchmark readme gpu-package docs lint format clean
 
 install: $(BUILT)
 
@@ -41,12 +43,15 @@ sanitize: $(BUILT)
 	BIN=$(BIN) tests/sanitize/run address
 	BIN=$(BIN) tests/sanitize/run thread
 
+# Prints its progress; each part saves its results as it goes.
 benchmark: $(BUILT)
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.one_pass
+	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.backward_memory
-	$(BIN)/python -m benchmarks.small_tensors
-	$(BIN)/python -m benchmarks.threads
+
+readme: $(BIN)/python
+	$(BIN)/python docs/tables.py
 
 gpu-package:
 	tests/gpu/package

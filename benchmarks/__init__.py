@@ -1,1 +1,1 @@
-"""Benchmarks of sgdr_fused; run one with, for example, ``python -m benchmarks.step``."""
+"""Benchmarks of sgdr_fused; run one with, for example, ``python -m benchmarks.steps``."""

@@ -1,10 +1,12 @@
-"""Shared by the benchmarks: equal work and interleaved timing. report.py shows the results.
+"""How the benchmarks time: hot and cold, all candidates in turn.
 
-* All candidates of a case update the same parameters with the same gradients. Each keeps the
-  momentum buffers that it allocated at its first step.
-* A candidate is timed only after its update was checked against the reference's.
-* Every round times every candidate, in shuffled order, so that noise affects all of them. A ratio
-  is taken within each round; the median over the rounds is reported.
+* Hot: a burst of calls, one after the other, with everything in the caches.
+* Cold: single calls. Before each, outside the clock, a buffer larger than the last-level cache is
+  written by as many threads as the step has; on a GPU also one larger than its L2 cache. So forward
+  and backward pass leave the caches in a training.
+
+Every round times every candidate, in shuffled order, so that noise affects all of them. A ratio is
+taken within each round. The median over the rounds is reported, with a 95 % interval by bootstrap.
 """
 
 from __future__ import annotations
@@ -17,51 +19,40 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
-from benchmarks.shapes import Shapes
-from sgdr_fused import FusedSGDR
+from benchmarks.workload import Step
 
 __all__ = [
     "BUSY_LOAD",
-    "OPTIONS",
-    "SCHEDULE",
-    "Build",
     "Candidate",
+    "Clock",
+    "LocalCandidate",
+    "Measured",
+    "Seconds",
     "Settings",
-    "Step",
     "Timing",
-    "Workload",
-    "fused_sgdr",
+    "intra_op_threads",
+    "last_level_cache_bytes",
     "measure",
     "parse_settings",
+    "progress",
 ]
 
-# An LR so large that after a few steps every option's effect is above the rounding, also weight
-# decay's.
-OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
-# A first cycle so short that CHECKED_STEPS reach a restart.
-SCHEDULE = {"T_0": 3, "T_mult": 2, "eta_min": 1e-3}
-CHECKED_STEPS = 4
-# For each option, the settings of a candidate that lacks it.
-WITHOUT: dict[str, dict[str, Any]] = {
-    "momentum": {"momentum": 0, "nesterov": False},
-    "Nesterov": {"nesterov": False},
-    "weight decay": {"weight_decay": 0},
-    "the schedule": {"eta_min": OPTIONS["lr"]},
-    "the restart": {"n_cycles": 1},
-}
 # Above this many cores used by other processes, parallel regions wait for their last thread.
 BUSY_LOAD = 0.3
+# A case that is out of time has at least this many rounds.
+LEAST_ROUNDS = 7
+COLD_CALLS_PER_ROUND = 2
+# So few that they do not fill a GPU's launch queue, for which the host would wait.
+CALLS_PER_BURST_ON_GPU = 20
 
-Step = Callable[[], object]
-Build = Callable[[list[Tensor]], tuple[Optimizer, Step]]
+
+# ------------------------------------------------------------------------------------ command line
 
 
 @dataclass(frozen=True)
@@ -69,21 +60,21 @@ class Settings:
     """The command line's settings.
 
     Attributes:
-        rounds: Number of timings of each candidate.
-        burst_seconds: Least duration of one timing.
+        rounds: Number of timings of each candidate, if there is time.
+        case_seconds: After this time a case ends, with fewer rounds.
+        burst_seconds: Least duration of a burst of hot calls.
         quick: Tiny shapes, to try the benchmark; the numbers mean nothing.
         out: Folder for JSON and pictures.
         load_before: Number of cores that other processes used just before.
-        flags: Whether each of the benchmark's own flags was given.
         draw: Results of an earlier run to draw instead of measuring; None: measure.
     """
 
     rounds: int
-    burst_seconds: float
-    quick: bool
     out: Path
-    load_before: float
-    flags: dict[str, bool]
+    case_seconds: float = 25.0
+    burst_seconds: float = 0.02
+    quick: bool = False
+    load_before: float = 0.0
     draw: Path | None = None
 
 
@@ -112,7 +103,7 @@ def cores_in_use(seconds: float = 1.0) -> float:
 
 
 def parse_settings(
-    argv: Sequence[str] | None, description: str | None, can_draw: bool = False, **flags: str
+    argv: Sequence[str] | None, description: str | None, can_draw: bool = False
 ) -> Settings:
     """Reads the command line.
 
@@ -120,7 +111,6 @@ def parse_settings(
         argv: Arguments; None: those of the process.
         description: The benchmark's description; --help shows its first line.
         can_draw: Whether the benchmark can draw the results of an earlier run.
-        **flags: The benchmark's own flags and their help.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, help="timings of each candidate (default 30)")
@@ -130,277 +120,125 @@ def parse_settings(
         parser.add_argument(
             "--draw", type=Path, metavar="JSON", help="draw an earlier run's results"
         )
-    for flag, text in flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
     arguments = parser.parse_args(argv)
     draw = arguments.draw if can_draw else None
     rounds = arguments.rounds or (3 if arguments.quick else 30)
     if rounds < 2:
         parser.error("--rounds must be at least 2, for there to be a spread")
-    load = 0.0 if draw else cores_in_use()
+    load = 0.0 if draw or arguments.quick else cores_in_use()
     if load > BUSY_LOAD:
         print(f"Other processes use {load:.1f} cores: multi-threaded steps will look slow.")
     return Settings(
         rounds=rounds,
+        out=arguments.out,
         burst_seconds=0.001 if arguments.quick else 0.02,
         quick=arguments.quick,
-        out=arguments.out,
         load_before=round(load, 2),
-        flags={flag: getattr(arguments, flag) for flag in flags},
         draw=draw,
     )
 
 
-# ------------------------------------------------------------------------------------------ work
+_STARTED = time.monotonic()
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to do the work.
-
-    Attributes:
-        name: Unique among the candidates measured together.
-        step: Does the work once.
-        threads: Number of intra-op threads.
-    """
-
-    name: str
-    step: Step
-    threads: int
+def progress(text: str) -> None:
+    """Prints what begins now, and the minutes since the start."""
+    minutes, seconds = divmod(int(time.monotonic() - _STARTED), 60)
+    print(f"[{minutes:2}:{seconds:02}] {text}", flush=True)
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The reference's result for a workload.
+# ------------------------------------------------------------------------------------- the clock
+
+
+class Seconds(NamedTuple):
+    """The duration of calls.
 
     Attributes:
-        tensors: The parameters after CHECKED_STEPS, then their averages if there are any.
-        changes: The least change of a parameter when an option of WITHOUT is missing.
+        returned: Until the calls returned.
+        done: Until their work was done; on a GPU that is later.
     """
 
-    tensors: list[Tensor]
-    changes: dict[str, float]
+    returned: float
+    done: float
 
 
-class Workload:
-    """Parameters with fixed gradients, which all candidates of a case share.
+def last_level_cache_bytes() -> int:
+    """Size of the CPU's largest cache; 32 MiB where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [
+        int(text[:-1]) * units[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1:] in units
+    ]
+    return max(sizes, default=32 << 20)
 
-    They are allocated by kind: all parameters, all gradients, then all buffers.
+
+class Clock:
+    """Times calls, hot or cold.
 
     Args:
-        shapes: The parameters' shapes.
-        device: Their device.
-        by_backward: Whether backward() makes the gradients, which leaves gaps between them where
-            its intermediate results were. Otherwise they are adjacent, as in DDP's buckets.
-        **options: FusedSGDR's options, besides those of all benchmarks.
+        device: Where the work is done: "cpu" or "cuda".
+        wait: Waits for work that torch does not know of.
 
     Attributes:
-        params: The parameters, with gradients.
-        momentum_buffers: Buffers for a step without an optimizer, as the memory floor's.
+        device: The device.
+        evicted_bytes: Size of the buffers that are written before a cold call, by device.
     """
 
-    def __init__(
-        self, shapes: Shapes, device: str = "cpu", by_backward: bool = False, **options: Any
-    ) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.params = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-        self._grads = []
-        for shape in shapes:
-            # Magnitude from 0.5 to 1.5 with either sign, so that every element changes visibly.
-            uniform = torch.rand(shape, generator=generator) - 0.5
-            self._grads.append((uniform + torch.ones_like(uniform).copysign(uniform)).to(device))
-        self._set_gradients(by_backward)
-        self.momentum_buffers = [torch.zeros_like(param) for param in self.params]
-        self._start = [param.clone() for param in self.params]
-        self._options = options
-        self._expected: dict[str, Expected] = {}
-
-    def candidate(
-        self,
-        name: str,
-        threads: int,
-        build: Build,
-        *,
-        momentum_eps: float = 0.0,
-        **options: Any,
-    ) -> Candidate:
-        """A candidate whose update was checked against the reference's.
-
-        Args:
-            name: Its name.
-            threads: Number of intra-op threads for the check and the timing.
-            build: Makes an optimizer for the parameters, and the function that takes one step.
-            momentum_eps: Relative error of its momentum buffer after each step.
-            **options: FusedSGDR's options for the reference, besides the workload's.
-
-        Raises:
-            AssertionError: Its parameters or averages differ from the reference's after a few
-                steps, or the tolerance is so large that a missing option would not be found.
-        """
-        # Each step rounds the parameter, of magnitude 1, a few times.
-        tolerance = 2 * CHECKED_STEPS * torch.finfo(torch.float32).eps
-        # A gradient is at most 1.5, and the buffer at most 1.5 times the number of steps.
-        tolerance += OPTIONS["lr"] * 1.5 * CHECKED_STEPS**2 * momentum_eps
-        expected = self._expected_with(options)
-        for missing, change in expected.changes.items():
-            assert tolerance < change, (
-                f"{name}: a tolerance of {tolerance:.2g} would hide that {missing} is missing, "
-                f"which changes the result by {change:.2g}"
-            )
-
-        optimizer, step = build(self.params)
-        with intra_op_threads(threads):
-            result = self._after_steps(optimizer, step)
-        try:
-            torch.testing.assert_close(result, expected.tensors, rtol=tolerance, atol=tolerance)
-        except AssertionError as error:
-            raise AssertionError(f"{name} does not make the reference's update: {error}") from error
-        if isinstance(optimizer, FusedSGDR) and optimizer.max_grad_norm is None:
-            # A limit that is never reached leaves no trace in the parameters.
-            assert (self._options | options).get("max_grad_norm") is None, f"{name} takes no norm"
-        return Candidate(name, step, threads)
-
-    def _expected_with(self, options: dict[str, Any]) -> Expected:
-        key = str(sorted(options.items()))
-        if key not in self._expected:
-            tensors = self._after_reference_steps(options)
-            changes = {
-                missing: self._least_change(tensors, self._after_reference_steps(options | instead))
-                for missing, instead in WITHOUT.items()
-            }
-            for param, start in zip(tensors, self._start, strict=False):
-                assert (param - start).abs().min() > OPTIONS["lr"] / 4
-            self._expected[key] = Expected(tensors, changes)
-        return self._expected[key]
-
-    def _least_change(self, expected: list[Tensor], others: list[Tensor]) -> float:
-        """The minimum over the parameters of the largest change within one.
-
-        A change is relative to 1 + abs(element), as the tolerance is.
-        """
-        n_params = len(self.params)
-        pairs = zip(expected[:n_params], others[:n_params], strict=True)
-        return min(float(((e - o).abs() / (1 + e.abs())).max()) for e, o in pairs)
-
-    def _after_reference_steps(self, options: dict[str, Any]) -> list[Tensor]:
-        of_all = self._options | options
-        return self._after_steps(*fused_sgdr(self.params, backend="reference", **of_all))
-
-    def _set_gradients(self, by_backward: bool) -> None:
-        if not by_backward:
-            # Copies, without the gaps that intermediate results left.
-            for param, grad in zip(self.params, self._grads, strict=True):
-                param.grad = grad.clone()
-            return
-        products = [
-            (param.requires_grad_() * grad).sum()
-            for param, grad in zip(self.params, self._grads, strict=True)
+    def __init__(self, device: str = "cpu", wait: Callable[[], None] | None = None) -> None:
+        self.device = device
+        self._wait = wait
+        self.evicted_bytes = {"cpu": max(64 << 20, 2 * last_level_cache_bytes())}
+        if device == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+            self.evicted_bytes["cuda"] = max(64 << 20, 2 * l2_bytes)
+        self._buffers = [
+            torch.zeros(size, dtype=torch.uint8, device=where)
+            for where, size in self.evicted_bytes.items()
         ]
-        torch.stack(products).sum().backward()
-        for param in self.params:
-            param.requires_grad_(False)
 
-    def _after_steps(self, optimizer: Optimizer, step: Step) -> list[Tensor]:
-        for param, start, grad in zip(self.params, self._start, self._grads, strict=True):
-            param.copy_(start)
-            param.grad.copy_(grad)
-        for _ in range(CHECKED_STEPS):
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self._wait is not None:
+            self._wait()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def evict(self) -> None:
+        """Replaces what is in the caches."""
+        for buffer in self._buffers:
+            buffer.add_(1)
+        self.synchronize()
+
+    def hot(self, step: Step, calls: int) -> Seconds:
+        """The mean of consecutive calls."""
+        with _no_garbage_collection():
+            step()  # wakes the threads and fills the caches
+            returned, done = self._time(step, calls)
+        return Seconds(returned / calls, done / calls)
+
+    def cold(self, step: Step) -> Seconds:
+        """A single call."""
+        with _no_garbage_collection():
+            self.evict()
+            return self._time(step, 1)
+
+    def _time(self, step: Step, calls: int) -> Seconds:
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
             step()
-        averages = [optimizer.state[p]["ema"] for p in self.params if "ema" in optimizer.state[p]]
-        return [tensor.clone() for tensor in (*self.params, *averages)]
+        returned = time.perf_counter()
+        self.synchronize()
+        return Seconds(returned - start, time.perf_counter() - start)
 
 
-def fused_sgdr(
-    params: list[Tensor], backend: str = "native", **options: Any
-) -> tuple[Optimizer, Step]:
-    """FusedSGDR with the benchmarks' options and further ones, and its step."""
-    optimizer = FusedSGDR(params, **OPTIONS | SCHEDULE | options, backend=backend)
-    return optimizer, optimizer.step
-
-
-# ---------------------------------------------------------------------------------------- timing
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The time of one call, in each round.
-
-    Attributes:
-        name: The candidate's name.
-        calls: Number of calls in one timing, of which it is the mean.
-        seconds: Seconds a call, by round.
-    """
-
-    name: str
-    calls: int
-    seconds: list[float]
-
-    @property
-    def median(self) -> float:
-        """Median over the rounds, in seconds."""
-        return statistics.median(self.seconds)
-
-    def quartiles(self) -> tuple[float, float]:
-        """First and third quartile over the rounds, in seconds."""
-        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return first, third
-
-    def ratio_to(self, other: Timing) -> float:
-        """Median over the rounds of this time divided by the other's in the same round."""
-        pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
-
-    def as_json(self) -> dict[str, Any]:
-        """Median, quartiles and fastest round, in microseconds."""
-        return {
-            "name": self.name,
-            "median_us": round(self.median * 1e6, 3),
-            "quartiles_us": [round(seconds * 1e6, 3) for seconds in self.quartiles()],
-            "fastest_us": round(min(self.seconds) * 1e6, 3),
-            "calls_per_round": self.calls,
-        }
-
-
-def measure(candidates: Sequence[Candidate], settings: Settings) -> dict[str, Timing]:
-    """Times all candidates, interleaved.
-
-    Args:
-        candidates: The candidates.
-        settings: Number of rounds and least duration of one timing.
-
-    Returns:
-        The timings, by the candidates' names.
-    """
-    calls = {c.name: _calls_in(settings.burst_seconds, c) for c in candidates}
-    timings: dict[str, Timing] = {c.name: Timing(c.name, calls[c.name], []) for c in candidates}
-    shuffle = random.Random(0).shuffle
-    order = list(candidates)
-    for _ in range(settings.rounds):
-        shuffle(order)
-        for candidate in order:
-            seconds = _time(candidate, calls[candidate.name])
-            timings[candidate.name].seconds.append(seconds / calls[candidate.name])
-    return timings
-
-
-def _calls_in(seconds: float, candidate: Candidate) -> int:
-    calls = 1
-    while (duration := _time(candidate, calls)) < seconds:
-        calls = max(calls + 1, int(calls * min(10.0, 1.1 * seconds / duration)))
-    return calls
-
-
-def _time(candidate: Candidate, calls: int) -> float:
-    step = candidate.step
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
     gc.collect(0)
     gc.disable()
     try:
-        with intra_op_threads(candidate.threads):
-            step()  # wakes the threads and fills the caches
-            start = time.perf_counter()
-            for _ in range(calls):
-                step()
-            return time.perf_counter() - start
+        yield
     finally:
         gc.enable()
 
@@ -414,3 +252,165 @@ def intra_op_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------ candidates
+
+
+class Candidate(Protocol):
+    """One way to do the work; in this process or in another."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the candidates measured together."""
+
+    def hot(self, calls: int) -> Seconds:
+        """The mean of consecutive calls."""
+
+    def cold(self) -> Seconds:
+        """A single call, with cold caches."""
+
+
+@dataclass(frozen=True)
+class LocalCandidate:
+    """A candidate in this process.
+
+    Attributes:
+        name: Unique among the candidates measured together.
+        step: Does the work once.
+        clock: Times it.
+    """
+
+    name: str
+    step: Step
+    clock: Clock
+
+    def hot(self, calls: int) -> Seconds:
+        """The mean of consecutive calls."""
+        return self.clock.hot(self.step, calls)
+
+    def cold(self) -> Seconds:
+        """A single call, with cold caches."""
+        return self.clock.cold(self.step)
+
+
+# ---------------------------------------------------------------------------------------- timing
+
+
+def median_interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
+    """A 95 % interval of the median, by the percentile bootstrap; always the same one."""
+    sample = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(sample), (resamples, len(sample)), generator=generator)
+    medians = sample[drawn].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one call, in each round.
+
+    Attributes:
+        calls: Number of calls in one timing, of which it is the mean.
+        seconds: Seconds a call, by round.
+    """
+
+    calls: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+    def ratios_to(self, other: Timing) -> list[float]:
+        """This time divided by the other's, in each round."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return [mine / theirs for mine, theirs in pairs]
+
+    def as_json(self, relative_to: Timing) -> dict[str, Any]:
+        """Medians, with intervals: of the times in microseconds, and of the ratios."""
+        ratios = self.ratios_to(relative_to)
+        return {
+            "median_us": round(self.median * 1e6, 3),
+            "interval_us": [round(s * 1e6, 3) for s in median_interval(self.seconds)],
+            "fastest_us": round(min(self.seconds) * 1e6, 3),
+            "ratio": round(statistics.median(ratios), 4),
+            "ratio_interval": [round(ratio, 4) for ratio in median_interval(ratios)],
+            "timings": len(self.seconds),
+            "calls_per_timing": self.calls,
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate's timings.
+
+    Attributes:
+        cold: Of single calls, until done; empty if there were none.
+        hot: Of bursts, until done.
+        host: Of the same bursts, until the calls returned.
+    """
+
+    cold: Timing
+    hot: Timing
+    host: Timing
+
+    def as_json(self, relative_to: Measured) -> dict[str, Any]:
+        """All of them; the host's only if it does not wait for the work."""
+        timings = {"hot": self.hot.as_json(relative_to.hot)}
+        if self.cold.seconds:
+            timings["cold"] = self.cold.as_json(relative_to.cold)
+        if self.host.median < 0.99 * self.hot.median:
+            timings["host"] = self.host.as_json(relative_to.host)
+        return timings
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    settings: Settings,
+    device: str = "cpu",
+    cold_calls: int = COLD_CALLS_PER_ROUND,
+) -> dict[str, Measured]:
+    """Times all candidates in turn, hot and cold.
+
+    Args:
+        candidates: The candidates.
+        settings: Number of rounds, and the time they may take.
+        device: Where the work is done.
+        cold_calls: Number of cold calls of each candidate in a round.
+
+    Returns:
+        The timings, by the candidates' names.
+    """
+    calls = {c.name: _calls(c, settings, device) for c in candidates}
+    measured = {
+        name: Measured(Timing(1), Timing(calls[name]), Timing(calls[name])) for name in calls
+    }
+    shuffle = random.Random(0).shuffle
+    order = list(candidates)
+    end = time.monotonic() + settings.case_seconds
+    for i in range(settings.rounds):
+        if i >= LEAST_ROUNDS and time.monotonic() > end:
+            break
+        shuffle(order)
+        for candidate in order:
+            returned, done = candidate.hot(calls[candidate.name])
+            measured[candidate.name].host.seconds.append(returned)
+            measured[candidate.name].hot.seconds.append(done)
+        for _ in range(cold_calls):
+            shuffle(order)
+            for candidate in order:
+                measured[candidate.name].cold.seconds.append(candidate.cold().done)
+    return measured
+
+
+def _calls(candidate: Candidate, settings: Settings, device: str) -> int:
+    """So many calls that a burst takes long enough for the clock."""
+    if device == "cuda":
+        return 2 if settings.quick else CALLS_PER_BURST_ON_GPU
+    calls = 1
+    while (seconds := candidate.hot(calls).done * calls) < settings.burst_seconds:
+        calls = max(calls + 1, int(calls * min(10.0, 1.1 * settings.burst_seconds / seconds)))
+    return calls

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from benchmarks.harness import Candidate, Workload
+from benchmarks.harness import Clock, LocalCandidate
+from benchmarks.workload import Workload
 
-__all__ = ["floor_candidates"]
+__all__ = ["FLOOR", "floor_candidates"]
 
-CHUNK_NUMELS = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
+FLOOR = "memory floor"
+CHUNK_NUMELS = (1 << 12, 1 << 14, 1 << 16)
 
 
 class _Tensors(ctypes.Structure):
@@ -30,32 +32,33 @@ class _Tensors(ctypes.Structure):
     )
 
 
-def floor_candidates(workload: Workload, threads: int) -> list[Candidate]:
+def floor_candidates(workload: Workload, clock: Clock) -> list[LocalCandidate]:
     """The loop with several chunk sizes, distributed over the threads in two ways.
 
     The fastest is the floor; which one that is depends on the machine.
 
     Args:
-        workload: Parameters, gradients and momentum buffers.
-        threads: Number of intra-op threads.
+        workload: Parameters and gradients.
+        clock: Times the loop.
     """
     library = _compiled()
+    momentum_buffers = [torch.zeros_like(param) for param in workload.params]
     columns = (
         _pointers(workload.params),
         _pointers([param.grad for param in workload.params]),
-        _pointers(workload.momentum_buffers),
+        _pointers(momentum_buffers),
         torch.tensor([param.numel() for param in workload.params]),
     )
     tensors = _Tensors(len(workload.params), *(column.data_ptr() for column in columns))
 
     def call(chunk_numel: int, in_turn: int) -> Callable[[], object]:
-        def step(keep_alive: object = columns) -> None:
+        def step(keep_alive: object = (columns, momentum_buffers)) -> None:
             library.memory_floor(ctypes.byref(tensors), ctypes.c_int64(chunk_numel), in_turn)
 
         return step
 
     return [
-        Candidate(f"memory floor, chunks of {numel}{form}", call(numel, in_turn), threads)
+        LocalCandidate(f"{FLOOR}, chunks of {numel}{form}", call(numel, in_turn), clock)
         for numel in CHUNK_NUMELS
         for in_turn, form in enumerate(("", ", in turn"))
     ]

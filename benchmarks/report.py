@@ -7,36 +7,110 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import BUSY_LOAD, Settings
+from benchmarks.harness import BUSY_LOAD, Settings, last_level_cache_bytes
 
 __all__ = [
+    "duration",
     "environment",
+    "gpu_properties",
     "new_axes",
+    "print_environment",
     "print_table",
     "save_picture",
     "write_json",
     "write_results",
 ]
 
+# Packages whose versions matter, where they are installed.
+PEERS = ("jax", "optax", "pytorch_optimizer", "bitsandbytes", "apex", "transformer_engine", "numpy")
+
 
 def environment() -> dict[str, Any]:
     """The machine and the versions that the numbers depend on."""
+    versions = {name: _version(name) for name in PEERS}
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "cores_allowed": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "last_level_cache_mib": last_level_cache_bytes() / (1 << 20),
+        "allocator": _allocator(),
+        "huge_pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sgdr_fused": importlib.metadata.version("sgdr_fused"),
+        "peers": {name: version for name, version in versions.items() if version},
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def gpu_properties() -> dict[str, Any] | None:
+    """The GPU; None if there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "l2_cache_mib": properties.L2_cache_size / (1 << 20),
+        "cuda": torch.version.cuda,
+    }
+
+
+def print_environment() -> None:
+    """Prints the machine and the versions."""
+    for name, value in (environment() | (gpu_properties() or {})).items():
+        print(f"  {name}: {value}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _allocator() -> str:
+    """Who answers malloc: a library that was preloaded, or the C library."""
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if maps.exists() else ""
+    preloaded = [name for name in ("jemalloc", "tcmalloc", "mimalloc") if f"lib{name}" in loaded]
+    return preloaded[0] if preloaded else " ".join(platform.libc_ver()) or "the system's"
+
+
+def _chosen(path: str) -> str:
+    """The choice in brackets in a file of the kernel."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    return text.partition("[")[2].partition("]")[0]
+
+
+def _commit() -> str:
+    """The commit, with a + if files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # Results and pages change while the benchmarks run.
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/sgdr_fused", ":/csrc"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + "+" * bool(changed)
 
 
 def _cpu_model() -> str:
@@ -52,18 +126,25 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """Prints an aligned table: the first column to the left, the others to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    print(f"\n{title}")
+    print(f"\n{title}", flush=True)
     for line in lines:
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         print("  " + "   ".join(cells))
 
 
-def new_axes(n_rows: int, n_columns: int, height: float) -> tuple[Any, list[Any]]:
-    """A figure for the README, 800 pixels wide there, and its axes."""
+def duration(microseconds: float) -> str:
+    """Three digits, in µs or ms."""
+    if microseconds < 999.5:
+        return f"{microseconds:#.3g} µs".replace(". ", " ")
+    return f"{microseconds / 1000:#.3g} ms".replace(". ", " ")
+
+
+def new_axes(n_rows: int, n_columns: int, height: float, width: float = 8) -> tuple[Any, list[Any]]:
+    """A figure, and its axes by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), dpi=200, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel().tolist()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -88,7 +169,6 @@ def write_json(settings: Settings, name: str, results: dict[str, Any]) -> Path:
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / f"{name}.json"
     path.write_text(json.dumps({"environment": here, **results}, indent=1) + "\n")
-    print(f"\nwrote {path.name}")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Writes the measured numbers into the pages: `python docs/tables.py`.
+"""Writes the measured numbers into the pages: `python docs/tables.py`, or `make readme`.
 
 A page says where a table stands:
 
@@ -6,7 +6,10 @@ A page says where a table stands:
     <!-- end of table -->
 
 This script fills it from ``benchmarks/results/`` and ``examples/``. A test runs it and finds
-nothing to change, and finds no measured time outside of these tables: each has one source.
+nothing to change, and finds no measured time outside of these tables: each has one source. Where a
+file of results is missing, the page says how to make it.
+
+A step's time is that with cold caches. Older results of a GPU have hot ones only.
 """
 
 from __future__ import annotations
@@ -24,21 +27,29 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- table (\w+) -->\n(.*?)<!-- end of table -->", re.S)
 
+GPU = "gpu_h100"
 OURS, OURS_IN_GRAPH = "FusedSGDR", "FusedSGDR in a CUDA graph"
 FALLBACK = "FusedSGDR, reference"
 FUSED = "SGD(fused=True) + scheduler"
 IN_GRAPH = "SGD(fused=True) in a CUDA graph + scheduler"
-# What the tables call the candidates.
+# What the tables call the candidates; these are the tables' columns, in this order.
 NAMES = {
     OURS: "`FusedSGDR`",
     OURS_IN_GRAPH: "`FusedSGDR` in a graph",
-    FALLBACK: "`FusedSGDR` without its native backend",
-    "SGD(foreach=False) + scheduler": "pair, for-loop",
-    "SGD(foreach=True) + scheduler": "pair, foreach",
     FUSED: "pair, fused",
+    "SGD(foreach=True) + scheduler": "pair, foreach",
+    "SGD(foreach=False) + scheduler": "pair, for-loop",
     "SGD(fused=True), tensor LR + scheduler": "pair, fused, LR in a tensor",
     "compiled SGD, tensor LR + scheduler": "pair, compiled",
     IN_GRAPH: "pair, fused, in a graph",
+    "pytorch_optimizer SGDW + scheduler": "pytorch_optimizer",
+    "bitsandbytes SGD + scheduler": "bitsandbytes",
+    "apex FusedSGD + scheduler": "apex",
+    "TransformerEngine FusedSGD + scheduler": "TransformerEngine",
+    "optax, jit, donated buffers": "optax, jitted",
+    "clip, SGD(fused=True) + scheduler, EMA": "pair, fused",
+    "clip, SGD(foreach=True) + scheduler, EMA": "pair, foreach",
+    FALLBACK: "`FusedSGDR` without its native backend",
 }
 
 Row = Sequence[str]
@@ -52,7 +63,8 @@ def results(path: str) -> dict[str, Any]:
 
 def benchmark(name: str) -> dict[str, Any]:
     """A file of benchmarks/results/."""
-    return results(f"benchmarks/results/{name}.json")
+    read: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return read
 
 
 def time(microseconds: float) -> str:
@@ -85,23 +97,53 @@ def machine(read: dict[str, Any]) -> str:
     """Where and when it was measured."""
     here = read["environment"]
     cpu = f"{here['cpu']}, {here['cores']} cores, {here['cpu_capability']}"
-    return (
-        f"{read['gpu']['name'] if read.get('gpu') else cpu}, torch {here['torch']}, {here['date']}"
-    )
+    where = [read["gpu"]["name"] if read.get("gpu") else cpu]
+    if "commit" in here:
+        where += [f"{here['threads']} threads", here["allocator"], f"commit {here['commit']}"]
+    return ", ".join([*where, f"torch {here['torch']}", here["date"]])
 
 
-def measured_on(read: dict[str, Any], *benchmarks: str) -> str:
-    """A line below a table of times: the machine, the date and the commands."""
+def measured_on(read: dict[str, Any], benchmark: str) -> str:
+    """A line below a table of times: the machine, the date and the command."""
     rounds = read["environment"]["rounds"]
-    commands = ", ".join(f"`python -m benchmarks.{name}`" for name in benchmarks)
-    return (
-        f"\n{machine(read)}. Medians of {rounds} interleaved rounds in one process: {commands}.\n"
-    )
+    cases = read.get("cases", [])
+    hot = " with hot caches" if cases and "cold" not in cases[0]["candidates"][0] else ""
+    busy = read["environment"]["load_before"] > 0.3
+    warning = " Other processes ran at the same time: do not quote." if busy else ""
+    how = f"Medians of up to {rounds} rounds{hot}, each with all candidates in turn"
+    return f"\n{machine(read)}. {how}: `python -m benchmarks.{benchmark}`.{warning}\n"
+
+
+def shown(entry: dict[str, Any]) -> dict[str, Any]:
+    """A candidate's timing: cold; hot in older results."""
+    timing: dict[str, Any] = entry.get("cold") or entry["step"]
+    return timing
 
 
 def steps_of(case: dict[str, Any]) -> dict[str, float]:
     """Each candidate's time of one step until it is done, in µs."""
-    return {entry["name"]: entry.get("step", entry)["median_us"] for entry in case["candidates"]}
+    return {entry["name"]: shown(entry)["median_us"] for entry in case["candidates"]}
+
+
+def torchs_fastest(case: dict[str, Any]) -> dict[str, Any]:
+    """The fastest eager form of the pair."""
+    forms = [
+        entry
+        for entry in case["candidates"]
+        if NAMES.get(entry["name"], "").startswith("pair, ") and entry["name"] != IN_GRAPH
+    ]
+    return min(forms, key=lambda entry: float(shown(entry)["median_us"]))
+
+
+def entry_of(case: dict[str, Any], name: str) -> dict[str, Any]:
+    """A candidate's entry."""
+    return next(entry for entry in case["candidates"] if entry["name"] == name)
+
+
+def picture(name: str, what: str) -> str:
+    """A benchmark's picture, where there is one."""
+    path = RESULTS / f"{name}.png"
+    return f"\n![{what}](../benchmarks/results/{name}.png)\n" if path.exists() else ""
 
 
 # --------------------------------------------------------------------------------------- on a GPU
@@ -111,11 +153,9 @@ def h100() -> str:
     """The README's table: the fastest forms of the pair, eager and in a graph."""
 
     def row(case: dict[str, Any]) -> Row:
-        steps = steps_of(case)
-        eager = {n: us for n, us in steps.items() if not n.startswith(OURS) and n != IN_GRAPH}
-        fastest = min(eager, key=eager.__getitem__)
+        steps, fastest = steps_of(case), torchs_fastest(case)["name"]
         form = NAMES[fastest].removeprefix("pair, ")
-        theirs, ours = faster_in_bold(eager[fastest], steps[OURS])
+        theirs, ours = faster_in_bold(steps[fastest], steps[OURS])
         return [
             case["title"],
             f"{theirs} ({form})",
@@ -123,68 +163,87 @@ def h100() -> str:
             *faster_in_bold(steps[IN_GRAPH], steps[OURS_IN_GRAPH]),
         ]
 
-    read = benchmark("gpu_h100")
+    read = benchmark(GPU)
+    cases = [case for case in read["cases"] if IN_GRAPH in steps_of(case)]
     header = ["", "pair, its fastest form", NAMES[OURS], "pair in a graph", NAMES[OURS_IN_GRAPH]]
-    return table(header, map(row, read["cases"])) + measured_on(read, "gpu")
+    return table(header, map(row, cases)) + measured_on(read, "gpu")
 
 
 def _all_candidates(cases: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
-    of_case = [{entry["name"]: cell(entry) for entry in case["candidates"]} for case in cases]
-    names = [name for name in NAMES if any(name in cells for cells in of_case)]
+    """A row for each case, a column for each candidate of one."""
+    rows = [
+        {NAMES[e["name"]]: cell(e) for e in c["candidates"] if e["name"] in NAMES} for c in cases
+    ]
+    names = [name for name in dict.fromkeys(NAMES.values()) if any(name in row for row in rows)]
     return table(
-        ["", *(case["title"] for case in cases)],
-        [[NAMES[name], *(cells.get(name, "") for cells in of_case)] for name in names],
+        ["", *names],
+        [
+            [case["title"], *(row.get(name, "") for name in names)]
+            for case, row in zip(cases, rows, strict=True)
+        ],
     )
 
 
 def h100_steps() -> str:
     """Every candidate, until the GPU has finished."""
-    read = benchmark("gpu_h100")
-    by_step = _all_candidates(read["cases"], lambda entry: time(entry["step"]["median_us"]))
-    return by_step + measured_on(read, "gpu")
+    read = benchmark(GPU)
+    return _all_candidates(read["cases"], lambda e: time(shown(e)["median_us"])) + measured_on(
+        read, "gpu"
+    )
 
 
 def h100_kernels() -> str:
     """Every candidate's time on the GPU alone, and its launches."""
 
     def cell(entry: dict[str, Any]) -> str:
+        if "device_us" not in entry:
+            return ""
         return f"{time(entry['device_us'])} in {entry['launches']:g}"
 
-    return _all_candidates(benchmark("gpu_h100")["cases"], cell)
+    return _all_candidates(benchmark(GPU)["cases"], cell)
 
 
 def h100_graphs() -> str:
     """With and without a graph: until the GPU has finished, and what of it the host waits."""
 
-    def row(case: dict[str, Any]) -> Row:
-        entries = {entry["name"]: entry for entry in case["candidates"]}
-        return [case["title"], *(cell(entries[name]) for name in names)]
-
     def cell(entry: dict[str, Any]) -> str:
-        return f"{time(entry['step']['median_us'])}, host {time(entry['host']['median_us'])}"
+        burst = entry.get("step") or entry["hot"]
+        return f"{time(burst['median_us'])}, host {time(entry.get('host', burst)['median_us'])}"
 
     names = [FUSED, IN_GRAPH, OURS, OURS_IN_GRAPH]
-    read = benchmark("gpu_h100")
+    read = benchmark(GPU)
+    cases = [case for case in read["cases"] if IN_GRAPH in steps_of(case)]
     header = ["", *(NAMES[name] for name in names)]
-    return table(header, map(row, read["cases"])) + measured_on(read, "gpu")
+    rows = [[case["title"], *(cell(entry_of(case, name)) for name in names)] for case in cases]
+    return table(header, rows) + measured_on(read, "gpu")
+
+
+def gpu_training() -> str:
+    """Whole trainings on a GPU."""
+    return _training("gpu_training_h100")
 
 
 # --------------------------------------------------------------------------------------- on a CPU
 
 
 def cpu() -> str:
-    """The README's table: torch's fastest functions, FusedSGDR, and FusedSGDR's fallback."""
+    """The README's table: torch's fastest functions and FusedSGDR, cold and hot."""
 
     def row(case: dict[str, Any]) -> Row:
-        steps = steps_of(case)
-        theirs, ours = faster_in_bold(steps[case["best_pair"]], steps[OURS])
-        fallback = time(steps[FALLBACK]) if FALLBACK in steps else ""
-        return [case["title"], theirs, ours, times_as_fast(case["speedup"]), fallback]
+        theirs, ours = torchs_fastest(case), entry_of(case, OURS)
+        form = NAMES[theirs["name"]].removeprefix("pair, ")
+        hot = min(
+            (entry["hot"]["ratio"], entry["name"])
+            for entry in case["candidates"]
+            if NAMES.get(entry["name"], "").startswith("pair, ")
+        )[0]
+        cells = faster_in_bold(shown(theirs)["median_us"], shown(ours)["median_us"])
+        ratios = (times_as_fast(shown(theirs)["ratio"]), times_as_fast(hot))
+        return [case["title"], f"{cells[0]} ({form})", cells[1], *ratios]
 
-    read = benchmark("step")
-    cases = read["cases"] + benchmark("one_pass")["cases"][:3]
-    header = ["", "torch's fastest", NAMES[OURS], "", "without the native backend"]
-    return table(header, map(row, cases)) + measured_on(read, "step", "one_pass")
+    read = benchmark("cpu")
+    header = ["", "torch's fastest, cold", "`FusedSGDR`, cold", "cold", "hot"]
+    return table(header, map(row, read["cases"][:6])) + measured_on(read, "steps")
 
 
 def times_as_fast(ratio: float) -> str:
@@ -192,65 +251,133 @@ def times_as_fast(ratio: float) -> str:
     return "as fast" if is_equal(ratio) else f"{ratio:#.3g} times as fast"
 
 
-def cpu_steps() -> str:
-    """Every candidate on the CPU."""
-    read = benchmark("step")
-    by_step = _all_candidates(read["cases"], lambda entry: time(entry["median_us"]))
-    return by_step + measured_on(read, "step")
+def cpu_cold() -> str:
+    """Every candidate on the CPU, with cold caches."""
+    read = benchmark("cpu")
+    cold = _all_candidates(read["cases"], lambda entry: time(entry["cold"]["median_us"]))
+    return cold + measured_on(read, "steps") + picture("cpu", "The same numbers as bars")
+
+
+def cpu_hot() -> str:
+    """Every candidate on the CPU, with hot caches."""
+    return _all_candidates(benchmark("cpu")["cases"], lambda entry: time(entry["hot"]["median_us"]))
+
+
+def cpu_spread() -> str:
+    """How certain the ratios to the fastest form of the pair are."""
+
+    def cell(timing: dict[str, Any]) -> str:
+        low, high = timing["ratio_interval"]
+        return f"{timing['ratio']:.3g} ({low:.3g} to {high:.3g})"
+
+    def row(case: dict[str, Any]) -> Row:
+        theirs = torchs_fastest(case)
+        return [case["title"], NAMES[theirs["name"]], cell(theirs["cold"]), cell(theirs["hot"])]
+
+    header = ["", "against", "ratio, cold", "ratio, hot"]
+    return table(header, map(row, benchmark("cpu")["cases"]))
+
+
+def left_out() -> str:
+    """Who does not take part on the CPU, and why."""
+    reasons: dict[str, str] = {}
+    for case in benchmark("cpu")["cases"]:
+        for name, reason in case["left_out"].items():
+            entry = f"{case['title']}: {reason}" if "takes" in reason else reason
+            if entry not in reasons.get(name, ""):
+                reasons[name] = "; ".join(filter(None, [reasons.get(name), entry]))
+    return table(["left out", "why"], [[NAMES[name], why] for name, why in reasons.items()])
 
 
 def memory_floor() -> str:
     """How much of a large step a bare loop of the same loads and stores takes."""
-    case = next(case for case in benchmark("step")["cases"] if case["memory_floors"])
-    floor = min(entry["ratio"] for entry in case["candidates"] if "floor" in entry["name"])
-    return (
-        f"{case['title']}: a bare loop of the same loads and stores takes {floor:.2f} of "
-        "`FusedSGDR`'s time.\n"
-    )
+    lines = []
+    for case in benchmark("cpu")["cases"]:
+        floors = [e["cold"]["ratio"] for e in case["candidates"] if "floor" in e["name"]]
+        lines += [
+            f"- {case['title']}: a bare loop of the same loads and stores takes {floor:.2f} of "
+            "`FusedSGDR`'s time.\n"
+            for floor in floors
+        ]
+    return "".join(lines)
 
 
 def one_pass() -> str:
     """Clip, step and average; and momentum in bfloat16."""
+    bfloat16_momentum = f"{OURS}, momentum in bfloat16"
 
-    def row(case: dict[str, Any]) -> Row:
-        steps = steps_of(case)
-        ours = next(name for name in reversed(steps) if name.startswith(OURS))
-        torchs = time(steps[case["best_pair"]])
-        return [case["title"], torchs, f"**{time(steps[ours])}**", times_as_fast(case["speedup"])]
+    def row(title: str, case: dict[str, Any], name: str) -> Row:
+        theirs, ours = torchs_fastest(case), entry_of(case, name)
+        ratio = theirs["cold"]["median_us"] / ours["cold"]["median_us"]
+        hot = theirs["hot"]["median_us"] / ours["hot"]["median_us"]
+        cells = faster_in_bold(theirs["cold"]["median_us"], ours["cold"]["median_us"])
+        return [title, *cells, times_as_fast(ratio), times_as_fast(hot)]
 
-    read = benchmark("one_pass")
-    cases = [case for case in read["cases"] if not case["title"].startswith("each option")]
-    header = ["", "torch's fastest", NAMES[OURS], ""]
-    return table(header, map(row, cases)) + measured_on(read, "one_pass")
+    read = benchmark("cpu")
+    rows = [row(c["title"], c, OURS) for c in read["cases"] if c["title"].startswith("clip")]
+    for case in read["cases"]:
+        if bfloat16_momentum in steps_of(case):
+            rows.append(row(f"momentum in bfloat16: {case['title']}", case, bfloat16_momentum))
+    header = ["", "torch's fastest, cold", "`FusedSGDR`, cold", "cold", "hot"]
+    return table(header, rows) + measured_on(read, "steps")
 
 
 def each_option() -> str:
-    """What clipping and averaging add to a step."""
-
-    def rows() -> Iterable[Row]:
-        for case in read["cases"]:
-            if case["title"].startswith("each option: "):
-                steps = steps_of(case)
-                without = steps.pop(OURS)
-                options = (f"{time(us)} (+{us / without - 1:.0%})" for us in steps.values())
-                yield [case["title"].removeprefix("each option: "), time(without), *options]
-
-    read = benchmark("one_pass")
-    return table(["", NAMES[OURS], "`max_grad_norm`", "`ema_decay`"], rows())
+    """What clipping, averaging and bfloat16 momentum add to a step, with cold caches."""
+    options = ["max_grad_norm", "ema_decay", "momentum in bfloat16"]
+    rows: list[Row] = []
+    for case in benchmark("cpu")["cases"]:
+        steps = steps_of(case)
+        added = [steps.get(f"{OURS}, {option}") for option in options]
+        if any(added):
+            plain = steps[OURS]
+            cells = [f"{time(us)} ({us / plain - 1:+.0%})" if us else "" for us in added]
+            rows.append([case["title"], time(plain), *cells])
+    header = ["", NAMES[OURS], "`max_grad_norm`", "`ema_decay`", "momentum in bfloat16"]
+    return table(header, rows)
 
 
 def small_tensors() -> str:
     """The price of one more tiny tensor."""
+    read = benchmark("scaling")
+    points = read["series"][0]["points"]
 
-    def row(series: dict[str, Any]) -> Row:
-        lists = series["lists"]
-        slopes = (f"{entry['slope_ns_since_previous']:.0f} ns" for entry in lists[1:])
-        return [f"{series['threads']}", *slopes]
+    def row(name: str, caches: str) -> Row:
+        microseconds = [entry_of(point, name)[caches]["median_us"] for point in points]
+        slopes = [
+            f"{1000 * (us[1] - us[0]) / (size[1] - size[0]):.0f} ns"
+            for us, size in zip(
+                pairwise(microseconds), pairwise(p["size"] for p in points), strict=True
+            )
+        ]
+        return [f"{NAMES[name]}, {caches}", *slopes]
 
-    read = benchmark("small_tensors")
-    counts = [entry["tensors"] for entry in read["series"][0]["lists"]]
-    header = ["threads", *(f"{n} to {m} tensors" for n, m in pairwise(counts))]
-    return table(header, map(row, read["series"])) + measured_on(read, "small_tensors")
+    header = ["", *(f"{n['size']} to {m['size']}" for n, m in pairwise(points))]
+    rows = [row(name, caches) for name in (OURS, FUSED) for caches in ("cold", "hot")]
+    return table(header, rows) + measured_on(read, "scaling")
+
+
+def scaling() -> str:
+    """The picture of a step's time against sizes."""
+    benchmark("scaling")
+    return picture("scaling", "Time of a step against the number of tensors and of elements")
+
+
+def training() -> str:
+    """Whole trainings on the CPU."""
+    return _training("training")
+
+
+def _training(name: str) -> str:
+    read = benchmark(name)
+    rows = []
+    for model in read["models"]:
+        for entry in model["candidates"]:
+            ratio = 1 / entry["hot"]["ratio"]
+            per_second = f"{entry['iterations_per_second']:#.4g}".removesuffix(".")
+            rows.append([model["title"], entry["name"], per_second, f"{ratio:.3f}"])
+    header = ["", "", "iterations a second", "times the eager pair's"]
+    return table(header, rows) + measured_on(read, "training")
 
 
 def backward_memory() -> str:
@@ -295,8 +422,9 @@ def paper() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
-        h100, h100_steps, h100_kernels, h100_graphs, cpu, cpu_steps, memory_floor, one_pass,
-        each_option, small_tensors, backward_memory, bfloat16, paper,
+        h100, h100_steps, h100_kernels, h100_graphs, gpu_training, cpu, cpu_cold, cpu_hot,
+        cpu_spread, left_out, memory_floor, one_pass, each_option, small_tensors, scaling, training,
+        backward_memory, bfloat16, paper,
     )
 }  # fmt: skip
 
@@ -307,7 +435,12 @@ def with_tables(page: str) -> str:
 
 
 def _block(name: str) -> str:
-    return f"<!-- table {name} -->\n{TABLES[name]()}<!-- end of table -->"
+    try:
+        text = TABLES[name]()
+    except FileNotFoundError as missing:
+        file = Path(missing.filename).name
+        text = f"Not measured yet: there is no `{file}`.\n"
+    return f"<!-- table {name} -->\n{text}<!-- end of table -->"
 
 
 if __name__ == "__main__":

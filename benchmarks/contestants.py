@@ -34,6 +34,7 @@ FOREACH = "SGD(foreach=True) + scheduler"
 TENSOR_LR = "SGD(fused=True), tensor LR + scheduler"
 COMPILED = "compiled SGD, tensor LR + scheduler"
 IN_GRAPH = "SGD(fused=True) in a CUDA graph + scheduler"
+WHOLE_IN_GRAPH = "clip, SGD(fused=True), EMA in a CUDA graph + scheduler"
 OPTAX = "optax, jit, donated buffers"
 
 EMA_DECAY = 0.999
@@ -105,6 +106,41 @@ def pair_in_graph(groups: ParamGroups) -> tuple[Optimizer, Step]:
         scheduler.step()
 
     return sgd, step
+
+
+def whole_pair_in_graph(max_grad_norm: float) -> Build:
+    """Builds clip, update and average in a graph; in another the first step, which only copies."""
+
+    def build(groups: ParamGroups) -> tuple[Optimizer, Step]:
+        sgd = _sgd(groups, tensor_lr=True, fused=True)
+        scheduler = CosineAnnealingWarmRestarts(sgd, **SCHEDULE)
+        params = [param for group in groups for param in group["params"]]
+        averages = [param.clone() for param in params]
+
+        def update() -> None:
+            torch.nn.utils.clip_grad_norm_(params, max_grad_norm, foreach=True)
+            sgd.step()
+
+        update()
+        for param, average in zip(params, averages, strict=True):
+            sgd.state[param]["momentum_buffer"].zero_()
+            sgd.state[param]["ema"] = average
+        first, later = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(first):
+            update()
+            torch._foreach_copy_(averages, params)
+        with torch.cuda.graph(later):
+            update()
+            torch._foreach_lerp_(averages, params, 1 - EMA_DECAY)
+        graphs = iter([first])
+
+        def step() -> None:
+            next(graphs, later).replay()
+            scheduler.step()
+
+        return sgd, step
+
+    return build
 
 
 def native_in_graph(groups: ParamGroups, **options: Any) -> tuple[Optimizer, Step]:
@@ -204,8 +240,12 @@ class Lineup:
             missing = getattr(error, "name", None) == module.partition(".")[0]
             self.left_out[name] = "not installed" if missing else f"does not load: {_first(error)}"
             return
+        self.add_or_leave_out(name, build(library))
+
+    def add_or_leave_out(self, name: str, build: Build, **check: Any) -> None:
+        """Adds a candidate, or says why it is left out."""
         try:
-            self.add(name, build(library))
+            self.add(name, build, **check)
         except Exception as error:
             self.left_out[name] = (
                 "makes another update"
@@ -294,3 +334,6 @@ def whole(lineup: Lineup) -> None:
         add(NATIVE_IN_GRAPH, lambda groups: native_in_graph(groups, **options))
     for name, how in ((FOREACH, {"foreach": True}), (FUSED, {"fused": True})):
         add(f"clip, {name}, EMA", clip_step_average(options["max_grad_norm"], pair(**how)))
+    if lineup.clock.device == "cuda":
+        in_graph = whole_pair_in_graph(options["max_grad_norm"])
+        lineup.add_or_leave_out(WHOLE_IN_GRAPH, in_graph, momentum_eps=NORM_EPS, **options)

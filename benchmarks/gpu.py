@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity
 from benchmarks import scaling, steps, training
 from benchmarks.contestants import c_compiler
 from benchmarks.harness import Candidate, LocalCandidate, Settings, parse_settings
-from benchmarks.report import gpu_properties, save_picture, write_json
+from benchmarks.report import gpu_properties, print_environment, save_picture, write_json
 from benchmarks.workload import Step, Workload
 
 BYTES_PER_ELEMENT = 20
@@ -161,6 +161,7 @@ def measured(settings: Settings) -> Path:
         raise SystemExit("there is no GPU; --quick tries the benchmark out on the CPU")
     if not c_compiler():
         print("There is no C compiler, so torch.compile is left out.")
+    print_environment()
     results: list[dict[str, Any]] = []
     for case in steps.cases(settings, device):
         results.append(steps.run_case(case, settings, device, profile))

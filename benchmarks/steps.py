@@ -27,7 +27,14 @@ from benchmarks.harness import (
     progress,
 )
 from benchmarks.memory_floor import FLOOR, floor_candidates
-from benchmarks.report import duration, new_axes, print_table, save_picture, write_json
+from benchmarks.report import (
+    duration,
+    new_axes,
+    print_environment,
+    print_table,
+    save_picture,
+    write_json,
+)
 from benchmarks.workload import Workload
 
 __all__ = ["Case", "cases", "draw", "run_case"]
@@ -220,6 +227,7 @@ def _color(name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures all cases; writes cpu.json and cpu.png."""
     settings = parse_settings(argv, __doc__)
+    print_environment()
     results: list[dict[str, Any]] = []
     for case in cases(settings, "cpu"):
         results.append(run_case(case, settings))

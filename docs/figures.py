@@ -69,7 +69,7 @@ def draw(name: str) -> None:
 
 def draw_h100() -> None:
     """Writes the README's picture: the pair and FusedSGDR on a GPU, eager and in a graph."""
-    cases = tables.benchmark("gpu_h100")["cases"]
+    cases = tables.cases_of_the_picture(tables.benchmark(tables.GPU))
     figure, panels = plt.subplots(1, len(cases), figsize=(10, 2.8), layout="constrained")
     for axes, case in zip(panels, cases, strict=True):
         steps = tables.steps_of(case)

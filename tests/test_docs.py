@@ -189,7 +189,7 @@ def test_no_measured_time_stands_outside_the_tables(page, tables):
 
 def test_picture_of_the_readme_has_the_numbers_of_the_results(tables):
     picture = (DOCS / "figures" / "h100.svg").read_text()
-    for case in tables["benchmark"]("gpu_h100")["cases"]:
+    for case in tables["cases_of_the_picture"](tables["benchmark"](tables["GPU"])):
         steps = tables["steps_of"](case)
         for name in ("FUSED", "IN_GRAPH", "OURS", "OURS_IN_GRAPH"):
             assert tables["time"](steps[tables[name]]) in picture

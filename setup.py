@@ -6,6 +6,7 @@ Without build isolation torch is found; else ``sgdr-fused build`` builds it afte
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -50,5 +51,25 @@ def native_backend() -> dict[str, Any]:
     return {}
 
 
+def readme_for_index() -> str:
+    """README.md with absolute links: on a package index those relative to the tree are dead."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    repository = re.findall(r'^Repository = "(.+)"$', project, re.M)[0]
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, text, path = link.groups()
+        if path.startswith("#"):
+            return f"[{text}]({repository}{path})"
+        return f"{picture}[{text}]({repository}/{'raw' if picture else 'blob'}/main/{path})"
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:)([^)\s]+)\)", absolute, readme)
+
+
 arguments = native_backend()
-setup(cmdclass={"build_py": BuildWithSources, **arguments.pop("cmdclass", {})}, **arguments)
+setup(
+    cmdclass={"build_py": BuildWithSources, **arguments.pop("cmdclass", {})},
+    long_description=readme_for_index(),
+    long_description_content_type="text/markdown",
+    **arguments,
+)

@@ -115,11 +115,18 @@ def test_gpu_without_code_for_it_is_named_with_the_command(monkeypatch):
 
 
 def test_oldest_torch_is_the_same_everywhere():
-    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    oldest = re.search(r'"torch>=([\d.]+)[;"]', (ROOT / "pyproject.toml").read_text())[1]
     for page in ("README.md", "docs/quick_start.md"):
         assert f"torch >= {oldest}" in (ROOT / page).read_text(), page
     tested = re.search(r"CUDA_TORCH-torch==([\d.]+)", (ROOT / ".ci/run").read_text())[1]
     assert tested.startswith(f"{oldest}.")
+
+
+def test_older_python_is_refused_for_itself_and_not_for_its_torch():
+    """In Python 3.9 pip 23 looked for torch >= 2.11 first, and explained a conflict of versions."""
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r'^requires-python = ">=([\d.]+)"', project, re.M)[1]
+    assert re.search(rf"\"torch>=[\d.]+; python_version >= '{oldest}'\"", project)
 
 
 # -------------------------------------------------------------------------- an installed package

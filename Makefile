@@ -5,6 +5,7 @@
 # make examples: all examples, some minutes. make docs: the documentation as a site.
 # make benchmark: all measurements, under 15 minutes on 2 idle cores; make readme: writes them into the README and
 # the pages.
+# make dist: the source distribution, and a wheel with the native backend for $(TORCH), in dist/.
 # make gpu-package: what a machine with a GPU needs to run tests and benchmark, in .gpu/.
 # Each makes its own virtual environment first, and again only when something was changed.
 
@@ -21,7 +22,7 @@ SITE := docs/_build/html
 # Without the native backend, which sgdr-fused build compiles.
 INSTALL := SGDR_FUSED_NATIVE=0 $(BIN)/pip install --disable-pip-version-check --no-build-isolation
 
-.PHONY: install demo examples test test-all sanitize benchmark readme gpu-package docs lint format clean
+.PHONY: install demo examples test test-all sanitize benchmark readme dist gpu-package docs lint format clean
 
 install: $(BUILT)
 
@@ -52,6 +53,15 @@ benchmark: $(BUILT)
 
 readme: $(BIN)/python
 	$(BIN)/python docs/tables.py
+
+# The wheel is built from the source distribution, and tried outside the source tree.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/pip install --disable-pip-version-check --quiet build
+	SGDR_FUSED_NATIVE=1 $(BIN)/python -m build --no-isolation
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target dist/check dist/*.whl
+	cd dist/check && SGDR_FUSED_CACHE=none $(abspath $(BIN))/python -m sgdr_fused doctor
+	rm -r dist/check
 
 gpu-package:
 	tests/gpu/package
@@ -90,4 +100,4 @@ $(DOCS_STAMP): $(STAMP)
 	touch $(DOCS_STAMP)
 
 clean:
-	rm -rf build .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_native.json $(BUILT)
+	rm -rf build dist .gpu docs/_build *.egg-info sgdr_fused/*.so sgdr_fused/_native.json $(BUILT)

@@ -26,7 +26,10 @@ from sgdr_fused.snapshots import Snapshots
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
-PROSE = [*PAGES, *(REPOSITORY / name for name in ("CHANGELOG.md", "CONTRIBUTING.md"))]
+PROSE = [
+    *PAGES,
+    *(REPOSITORY / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", ".github/SECURITY.md")),
+]
 FOR_GPU = [page for page in PAGES if any(pages.GPU in b.needs for b in pages.blocks(page))]
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pair import (
     snapshot,
 )
 
-from sgdr_fused import FusedSGDR
+from sgdr_fused import FusedSGDR, load
 
 OPTIONS = {
     "lr": 0.1,
@@ -427,6 +428,25 @@ def test_state_dict_of_any_sgd_is_loaded(backend, options):
     for our, their in zip(ours, theirs, strict=True):
         buffer = momentum_of(sgd, their)
         assert buffer is None or torch.equal(momentum_of(optimizer, our), buffer)
+
+
+def test_checkpoint_of_version_0_1_0_continues(backend):
+    """docs/stability.md promises it. The file stays as it is; later versions add theirs.
+
+    It holds the training below after five steps, and its parameters and averages after seven.
+    """
+    saved = load(Path(__file__).parent / "checkpoint-0.1.0.pt")
+    optimizer, params = make_optimizer(backend, ema_decay=0.5, max_grad_norm=9.0)
+    optimizer.load_state_dict(saved["optimizer"])
+    set_values(params, saved["params"])
+    assert [group["step"] for group in optimizer.param_groups] == [5, 5]
+    assert optimizer.param_groups[0]["ema_decay"] == 0.9
+    assert optimizer.max_grad_norm == 1.0
+    run(optimizer, params, 5, 7)
+    # Not to the bit: another machine's cosine may differ in its last one.
+    torch.testing.assert_close([p.detach() for p in params], saved["params_after_7_steps"])
+    with optimizer.swap_ema():
+        torch.testing.assert_close([p.detach() for p in params], saved["averages_after_7_steps"])
 
 
 def test_state_dict_of_an_older_version_is_loaded(backend):

@@ -20,8 +20,6 @@ pytestmark = [
     # which is passed from one graph to the next.
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    # Dynamo warns of this on Python 3.13.0.
-    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),
 ]
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "T_0": 2, "T_mult": 2}

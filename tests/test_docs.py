@@ -8,7 +8,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-import warnings
 from email.parser import Parser
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
@@ -355,10 +354,7 @@ def test_site_links_to_the_repository_if_the_project_has_one(site):
 def test_wrong_page_fails(page, tmp_path):
     path = tmp_path / "page.md"
     path.write_text(page[1])
-    with (
-        warnings.catch_warnings(action="error"),
-        pytest.raises((NameError, AssertionError, SyntaxError, ValueError, UserWarning)),
-    ):
+    with pytest.raises((NameError, AssertionError, SyntaxError, ValueError, UserWarning)):
         pages.run(path, pages.prelude())
 
 

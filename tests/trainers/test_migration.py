@@ -29,7 +29,8 @@ def _keras_on_torch(monkeypatch, tmp_path):
 
 def import_or_skip(module):
     """Imports a module; its warnings are no errors."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return pytest.importorskip(module, exc_type=ImportError)
 
 
@@ -181,7 +182,8 @@ def test_lrs_equal_keras(before_and_after):
 def test_update_equals_keras_with_a_constant_lr(nesterov):
     keras = import_or_skip("keras")
     options = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.01}
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         theirs = keras.Variable([1.0, -2.0])
         keras_optimizer = keras.optimizers.SGD(0.1, **options)
         keras_optimizer.build([theirs])

@@ -145,3 +145,20 @@ def test_workflows_cover_every_python_and_the_oldest_torch():
         matrix = "\n".join(re.findall(r"^ +(?:- \{ )?(?:python|torch): .*", text, re.M))
         assert set(re.findall(r'"(3\.\d+)"', matrix)) == claimed, name
         assert f"{oldest}.0" in re.findall(r"2\.\d+\.\d+", matrix), name
+
+
+# ------------------------------------------------------------------------------ tested versions
+
+
+def test_page_lists_the_versions_that_are_tested():
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = re.findall(r"^\| (3\.\d+) \| ([\d.]+), .* \| (.*) \|$", page, re.M)
+    assert {python for python, _, _ in rows} == set(re.findall(r"Python :: (3\.\d+)", PYPROJECT))
+    in_ci = (ROOT / ".ci" / "run").read_text()
+    on_cpu = re.search(r"^TORCH \?= torch==(.+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    with_cuda = re.search(r"CUDA_TORCH-torch==([\d.]+)", in_ci)[1]
+    assert {torch for _, torch, when in rows if "at each change" in when} == {on_cpu, with_cuda}
+    assert (re.search(r"CUDA_PYTHON-(3\.\d+)", in_ci)[1], with_cuda) in {row[:2] for row in rows}
+    readme = (ROOT / "README.md").read_text()
+    for python, torch, _ in rows:
+        assert f"torch {torch} (Python {python}" in readme

@@ -293,7 +293,13 @@ def test_build_without_a_compiler_says_what_to_install(installed):
     assert "no C++ compiler 'no-such-compiler'; install one, such as g++, or set CXX" in line
 
 
-def test_failing_compiler_is_quoted_and_the_log_named(installed, tmp_path):
+@pytest.mark.parametrize("place", ["installed", "source tree"])
+def test_failing_compiler_is_quoted_and_the_log_named(installed, tmp_path, place):
+    """In a source tree pyproject.toml is in reach, and only setup.py knows all that it needs."""
+    if place == "source tree":
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, installed.parent)
+        (installed / "csrc").rename(installed.parent / "csrc")
     failing = compiler(
         tmp_path,
         'case "$*" in *--version*|*-dump*|*-v) exec c++ "$@";; esac\n'

@@ -107,7 +107,7 @@ def _compile(folder: Path, log: Path, architectures: str, report: Callable[[str]
         log.open("w") as lines,
         subprocess.Popen(
             command,
-            cwd=CSRC.parent,
+            cwd=CSRC,  # where setuptools sees no pyproject.toml
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

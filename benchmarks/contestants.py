@@ -296,7 +296,7 @@ def steps(lineup: Lineup, n_tensors: int, options: Iterable[str] = ()) -> None:
     if device == "cuda":
         lineup.add(IN_GRAPH, pair_in_graph)
     if n_tensors > MOST_TENSORS_TO_COMPILE[device]:
-        lineup.left_out[COMPILED] = f"compiling {n_tensors} tensors takes minutes"
+        lineup.left_out[COMPILED] = "compiling so many tensors takes minutes"
     elif not c_compiler():
         lineup.left_out[COMPILED] = "there is no C compiler"
     else:

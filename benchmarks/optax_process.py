@@ -22,7 +22,7 @@ from benchmarks.shapes import Shapes, numel
 
 __all__ = ["LeftOut", "OptaxStep", "Process", "start"]
 
-# More take minutes to compile, or too much memory for two processes.
+# More take minutes to compile; more take too much memory for two processes.
 MOST_TENSORS, MOST_ELEMENTS = 200, 1 << 27
 
 
@@ -89,8 +89,10 @@ def start(name: str, device: str, threads: int, shapes: Shapes) -> Process:
     for module in ("jax", "optax"):
         if importlib.util.find_spec(module) is None:
             raise LeftOut(f"{module} is not installed")
-    if len(shapes) > MOST_TENSORS or numel(shapes) > MOST_ELEMENTS:
-        raise LeftOut("compiling takes minutes, or two copies take too much memory")
+    if len(shapes) > MOST_TENSORS:
+        raise LeftOut("compiling so many tensors takes minutes")
+    if numel(shapes) > MOST_ELEMENTS:
+        raise LeftOut("two processes would need too much memory")
     environment = os.environ | {
         "JAX_PLATFORMS": device,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

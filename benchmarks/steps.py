@@ -177,7 +177,7 @@ def _print(
         rows.append(row)
     if on_gpu:
         header += ["host µs", "device µs", "launches"]
-    print_table(f"{title}, {threads} thread{'s' * (threads > 1)}", header, rows)
+    print_table(f"{title} (threads: {threads})", header, rows)
     for name, reason in left_out.items():
         print(f"  left out: {name}: {reason}")
 

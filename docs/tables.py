@@ -289,13 +289,20 @@ def cpu_spread() -> str:
 
 def left_out() -> str:
     """Who does not take part on the CPU, and why."""
-    reasons: dict[str, str] = {}
-    for case in benchmark("cpu")["cases"]:
-        for name, reason in case["left_out"].items():
-            entry = f"{case['title']}: {reason}" if "takes" in reason else reason
-            if entry not in reasons.get(name, ""):
-                reasons[name] = "; ".join(filter(None, [reasons.get(name), entry]))
-    return table(["left out", "why"], [[NAMES[name], why] for name, why in reasons.items()])
+    cases = [case for case in benchmark("cpu")["cases"] if case["left_out"]]
+    where: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for left in case["left_out"].items():
+            where.setdefault(left, []).append(case["title"])
+    rows = [
+        [
+            NAMES.get(name, name),
+            why,
+            "everywhere" if len(titles) == len(cases) else "; ".join(titles),
+        ]
+        for (name, why), titles in where.items()
+    ]
+    return table(["left out", "why", "where"], rows)
 
 
 def memory_floor() -> str:

@@ -147,6 +147,8 @@ def test_steps_benchmark_times_every_form_of_the_pair_and_fills_the_pages(tmp_pa
             ours = next(entry for entry in case["candidates"] if entry["name"] == name)
             assert tables["time"](ours[caches]["median_us"]) in text, make
         assert case["title"] in text
+    assert "not installed | everywhere" in tables["left_out"]()
+    assert tables["cpu_spread"]().count("pair, ") == 4
 
 
 @pytest.mark.usefixtures("small_buffers")

@@ -50,7 +50,8 @@ SANITIZER_FLAGS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo"]
+# Several architectures are compiled side by side.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo", "--threads=4"]
 NVCC_HOST_FLAGS = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 # Turing to Blackwell.

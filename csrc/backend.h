@@ -34,7 +34,7 @@ double sum_of_squared_grads(std::span<const TensorEntry> tensors);
 constexpr int64_t kParallelNumel = 1 << 17;
 constexpr int64_t kParallelNumelPerTensor = 1 << 12;
 // Whether work is long enough to wake a second thread, and to release the GIL. Both cost a fixed
-// time, and for each tensor the time of some thousand elements: see benchmarks/threads.py.
+// time, and for each tensor the time of some thousand elements: see benchmarks/scaling.py.
 bool is_worth_threads(std::span<const TensorEntry> tensors);
 
 }  // namespace cpu

@@ -1,4 +1,5 @@
-// The folder as one translation unit. Most of the time of compiling goes into torch's headers, which are read once this way.
+// The folder as one translation unit. Most of the time of compiling goes into torch's headers,
+// which are read once this way.
 #include "bindings.cpp"
 #include "gatherer.cpp"
 #include "grad_norm.cpp"

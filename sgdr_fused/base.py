@@ -112,7 +112,8 @@ class SteppedOptimizer(Optimizer):
                 return None
             if self._is_new:
                 # The model may have been sharded after the optimizer was made.
-                self._check_clipping(self._clipping)
+                with self._lock:
+                    self._check_clipping(self._clipping)
                 self._is_new = False
         # Not in a function of its own, because a call costs time.
         try:

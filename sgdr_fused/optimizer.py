@@ -152,9 +152,10 @@ class FusedSGDR(ScheduledOptimizer):
 
         A ShardedGradScaler would then set found_inf without a look at the other ranks.
         """
-        check_groups(self.param_groups)
-        params = (param for group in self.param_groups for param in group["params"])
-        return find_flat_shard(params) is None
+        with self._lock:
+            check_groups(self.param_groups)
+            params = (param for group in self.param_groups for param in group["params"])
+            return find_flat_shard(params) is None
 
     def step_in_backward(self) -> StepInBackward:
         """Update each parameter within ``backward()``, as soon as its gradient is complete, and

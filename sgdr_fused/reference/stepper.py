@@ -136,15 +136,16 @@ class ReferenceStepper:
         state: MutableMapping[Tensor, Any],
     ) -> Iterator[None]:
         """Syncs the groups, which an error within the ``with`` block puts back."""
-        self._check_groups(param_groups)
-        if not isinstance(state, dict):
-            raise TypeError(
-                f"optimizer.state is of type {type(state).__name__}, but must be a dict"
-            )
-        with self._lock, kept_on_success(param_groups):
-            for group in param_groups:
-                sync_group(group)
-            yield
+        with self._lock:
+            self._check_groups(param_groups)
+            if not isinstance(state, dict):
+                raise TypeError(
+                    f"optimizer.state is of type {type(state).__name__}, but must be a dict"
+                )
+            with kept_on_success(param_groups):
+                for group in param_groups:
+                    sync_group(group)
+                yield
 
 
 def _frames_to_caller() -> int:

@@ -297,3 +297,10 @@ def test_closed_pipe_prints_no_traceback():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("--epochs", "-5"), ("--cycles", "0")])
+def test_error_of_fit_names_the_option(capsys, name, value):
+    with pytest.raises(SystemExit):
+        main(["fit", *("--epochs", "9"), *("--cycles", "3"), name, value])
+    assert f"Invalid {name} value: {value}; {name} must be an integer" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import replace
 from sgdr_fused.cli.parser import Commands, integer, real
 from sgdr_fused.cli.report import add_output_options, report
 from sgdr_fused.schedule import CosineWarmRestarts, fit_T_0
+from sgdr_fused.values import LENGTH
 
 __all__ = ["add_to"]
 
@@ -32,6 +33,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _show_fit(args: argparse.Namespace) -> None:
+    # fit_T_0() would name its own arguments.
+    for name in ("epochs", "cycles"):
+        LENGTH.plain(f"--{name}", getattr(args, name))
     T_0 = fit_T_0(args.epochs, args.cycles, args.T_mult)
     schedule = CosineWarmRestarts(lr=args.lr, T_0=T_0, T_mult=args.T_mult, n_cycles=args.cycles)
     used = schedule.cycle_start(args.cycles)

@@ -13,8 +13,10 @@ A block of the language ``output`` is what the Python block before it prints.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,22 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def example_module(name: str) -> Iterator[Any]:
+    """A file of examples/ as a module, which can be imported for as long as the block lasts."""
+    path = REPOSITORY / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
 DOCS = REPOSITORY / "docs"
 
 GPU = "a GPU"

@@ -1,10 +1,9 @@
 """examples/bfloat16.py."""
 
-import importlib.util
 import json
 
 import pytest
-from pages import REPOSITORY
+from pages import REPOSITORY, example_module
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -12,11 +11,8 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def example():
-    path = REPOSITORY / "examples" / "bfloat16.py"
-    spec = importlib.util.spec_from_file_location("bfloat16_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with example_module("bfloat16") as module:
+        yield module
 
 
 def test_results_hold_every_way_and_seed(example, tmp_path, capsys):

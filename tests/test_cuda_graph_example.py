@@ -1,19 +1,14 @@
 """examples/cuda_graph.py."""
 
-import importlib.util
-
 import pytest
 import torch
-from pages import REPOSITORY
+from pages import example_module
 
 
 @pytest.fixture(scope="module")
 def example():
-    path = REPOSITORY / "examples" / "cuda_graph.py"
-    spec = importlib.util.spec_from_file_location("cuda_graph_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with example_module("cuda_graph") as module:
+        yield module
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

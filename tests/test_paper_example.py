@@ -1,11 +1,9 @@
 """examples/paper.py."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
-from pages import DOCS, REPOSITORY
+from pages import DOCS, REPOSITORY, example_module
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -13,13 +11,8 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def example():
-    path = REPOSITORY / "examples" / "paper.py"
-    spec = importlib.util.spec_from_file_location("paper_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["paper_example"] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["paper_example"]
+    with example_module("paper") as module:
+        yield module
 
 
 def test_label_noise_changes_a_fifth_of_the_training_labels_only(example):

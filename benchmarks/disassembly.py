@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ __all__ = [
     "tool",
 ]
 
-CONVERSIONS = ("HADD2", "F2F", "PRMT", "SHF", "SHL", "IMAD.U32", "IMAD.SHL")
 DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
 # The part of an opcode that gives the size of an access; without one, it is 4 bytes.
 ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "WIDE": 8, "128": 16, "256": 32}
@@ -77,30 +75,29 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop, as the number of occurrences of each opcode."""
+    """An innermost loop, as the opcodes of its instructions."""
 
-    instructions: Mapping[str, int]
+    opcodes: Sequence[str]
 
     def count(self, *opcodes: str) -> int:
         """Number of instructions whose opcode begins with one of these."""
-        return sum(n for name, n in self.instructions.items() if name.startswith(opcodes))
+        return sum(opcode.startswith(opcodes) for opcode in self.opcodes)
 
     @property
     def size(self) -> int:
         """Number of instructions."""
-        return sum(self.instructions.values())
+        return len(self.opcodes)
+
+    @property
+    def loads_first(self) -> bool:
+        """Whether each load from global memory comes before each store."""
+        accesses = [o[:3] for o in self.opcodes if o.startswith(("LDG", "STG"))]
+        return accesses == sorted(accesses)
 
     @property
     def vector_accesses(self) -> int:
         """Number of 16-byte loads and stores."""
         return self.count("LDG.E.128", "STG.E.128")
-
-    @property
-    def dtype(self) -> str:
-        """The parameter's dtype; "half" for any that is converted to float32."""
-        if self.count("DFMA"):
-            return "float64"
-        return "half" if self.count(*CONVERSIONS) else "float32"
 
 
 @dataclass(frozen=True)
@@ -196,24 +193,29 @@ class MachineCode:
             "misaligned access": self.misaligned_accesses,
         }
 
-    def usual_loop(self, dtype: str) -> Loop:
-        """The loop with weight decay and Nesterov momentum, without grad_scale or clipping.
+    def usual_loop(self, dtype: str, rounded: int = 0) -> Loop:
+        """The loop with weight decay and Nesterov momentum, which updates two packs at once.
 
         Args:
             dtype: Dtype of parameter, gradient and buffer: "float32", "float64", "float16" or
                 "bfloat16".
+            rounded: How many of parameter and buffer are rounded stochastically.
         """
 
-        def fits(loop: Loop) -> bool:
-            if loop.count("MUFU", "CALL") or (loop.count("LDG"), loop.count("STG")) != (3, 2):
-                return False
-            if dtype in ("float32", "float64"):
-                return loop.dtype == dtype
-            is_float16 = loop.count("HADD2.F32") > 0
-            return loop.dtype == "half" and is_float16 == (dtype == "float16")
+        elements = 2 * {"float32": 4, "float64": 2}.get(dtype, 8)
+        fma = "DFMA" if dtype == "float64" else "FFMA"
 
-        # The loop with the most arithmetic; among those, the shortest, which does not scale.
-        return max(filter(fits, self.loops), key=lambda o: (o.count("FFMA", "DFMA"), -o.size))
+        def fits(loop: Loop) -> bool:
+            accesses = (loop.count("LDG"), loop.count("STG"), loop.count("LDS"))
+            is_float16 = loop.count("HADD2.F32") > 0
+            return (
+                accesses == (6, 4, 2 * rounded)
+                and loop.vector_accesses == 10
+                and loop.count(fma) == 4 * elements
+                and is_float16 == (dtype == "float16")
+            )
+
+        return min(filter(fits, self.loops), key=lambda loop: loop.size)
 
 
 def tool(name: str) -> str | None:
@@ -285,4 +287,4 @@ def _innermost_loops(instructions: Sequence[Instruction], labels: Mapping[str, i
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in spans)
     ]
     opcodes = [instruction.opcode for instruction in instructions]
-    return [Loop(Counter(opcodes[begin:end])) for begin, end in innermost]
+    return [Loop(opcodes[begin:end]) for begin, end in innermost]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disassembly import MachineCode, disassembled, tool
+from benchmarks.disassembly import Loop, MachineCode, disassembled, tool
 from sgdr_fused.building import recipe
 
 __all__ = ["Kernel", "architectures", "compiled", "compiled_source", "missing_tool", "row_of"]
@@ -30,15 +30,32 @@ REPOSITORY = Path(__file__).parent.parent
 RESULT = REPOSITORY / "benchmarks/results/machine_code.json"
 CACHE = Path(tempfile.gettempdir()) / f"sgdr_machine_code_{os.getuid()}"
 
+# Elements in a pack of 16 bytes, two of which a thread updates at once.
+WIDTHS = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
+PACKS_IN_FLIGHT = 2
+
 # The flags that torch.utils.cpp_extension adds and that change the code.
 TORCH_FLAGS = ("--expt-relaxed-constexpr",)
 
-# A source for each kernel. The step has two: without and with LaunchExtras.
-_STEP = "__global__ void sgdr::fused_step_kernel<{}>(const __grid_constant__ sgdr::LaunchArgs);"
+
+def _source(name: str, args: str) -> str:
+    """A source with one kernel."""
+    kernel = f"__global__ void sgdr::{name}_kernel<{args}>(const __grid_constant__ {args});"
+    return f'#include "cuda/{name}.cuh"\ntemplate {kernel}\n'
+
+
+def _step(extras: str) -> str:
+    return _source("fused_step", f"sgdr::LaunchArgs<sgdr::Extras::{extras}, sgdr::kLargePayload>")
+
+
+# A source for each kernel, with the most arguments.
 SOURCES = {
-    "step": f'#include "cuda/fused_step.cuh"\ntemplate {_STEP.format("false")}\n',
-    "step with extras": f'#include "cuda/fused_step.cuh"\ntemplate {_STEP.format("true")}\n',
-    "norm": '#include "cuda/grad_norm.cuh"\n',
+    "step": _step("kNone"),
+    "step with averages": _step("kAverages"),
+    "step with rounding": _step("kRounding"),
+    "step with master weights": _step("kMasters"),
+    "step with all of these": _step("kAll"),
+    "norm": _source("grad_norm", "sgdr::FilledNormLaunch"),
 }
 
 
@@ -125,6 +142,17 @@ def compiled_source(architecture: str, text: str) -> Kernel:
     )
 
 
+def instructions_per_element(loop: Loop, dtype: str) -> float:
+    """Instructions of a loop, but for the two products that grad_scale and clipping add."""
+    elements = PACKS_IN_FLIGHT * WIDTHS[dtype]
+    return (loop.size - 2 * elements) / elements
+
+
+def bytes_per_element(loop: Loop, dtype: str) -> float:
+    """Bytes that a loop reads and writes."""
+    return loop.vector_accesses * 16 / (PACKS_IN_FLIGHT * WIDTHS[dtype])
+
+
 def row_of(name: str, kernel: Kernel) -> dict[str, Any]:
     """A kernel's row in the results."""
     return {
@@ -145,25 +173,32 @@ def main() -> None:
     rows = [row_of(name, kernel) for name, of_name in kernels.items() for kernel in of_name]
     print("Arguments end: the byte of the constant bank where a kernel's arguments end.")
     print("Faults: accesses to local memory, and accesses that ptxas may have got wrong.")
-    print(f"{'':26}{'registers':>10}{'spilled':>9}{'arguments end':>15}{'faults':>8}")
+    print(f"{'':34}{'registers':>10}{'spilled':>9}{'arguments end':>15}{'faults':>8}")
     for row in rows:
         print(
-            f"{row['kernel']:18}{row['architecture']:8}{row['registers']:>10}"
+            f"{row['kernel']:26}{row['architecture']:8}{row['registers']:>10}"
             f"{row['spilled_bytes']:>9}{row['constant_bytes']:>#15x}{sum(row['faults'].values()):>8}"
         )
 
-    widths = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
-    print("\nThe step's loops with weight decay and Nesterov: instructions / bytes an element")
-    print(f"{'':8}" + "".join(f"{dtype:>14}" for dtype in widths))
-    for row, kernel in zip(rows, kernels["step"], strict=False):
+    print("\nInstructions / bytes an element, with weight decay and Nesterov, without grad_scale:")
+    print(f"{'':26}" + "".join(f"{name:>14}" for name in (*WIDTHS, "rounded bf16")))
+    by_name = {(row["kernel"], row["architecture"]): row for row in rows}
+    for plain, rounding in zip(kernels["step"], kernels["step with rounding"], strict=True):
+        row = by_name["step", f"sm_{plain.architecture}"]
         cells = []
-        for dtype, width in widths.items():
-            loop = kernel.code.usual_loop(dtype)
-            instructions, n_bytes = loop.size / width, loop.vector_accesses * 16 / width
-            row[f"{dtype}_instructions_per_element"] = instructions
+        for dtype in WIDTHS:
+            count = instructions_per_element(plain.code.usual_loop(dtype), dtype)
+            n_bytes = bytes_per_element(plain.code.usual_loop(dtype), dtype)
+            row[f"{dtype}_instructions_per_element"] = count
             row[f"{dtype}_bytes_per_element"] = n_bytes
-            cells.append(f"{instructions:.2f} / {n_bytes:.0f}")
-        print(f"{row['architecture']:8}" + "".join(f"{cell:>14}" for cell in cells))
+            cells.append(f"{count:.2f} / {n_bytes:.0f}")
+        loop = rounding.code.usual_loop("bfloat16", rounded=2)
+        count = instructions_per_element(loop, "bfloat16")
+        by_name["step with rounding", row["architecture"]]["bfloat16_instructions_per_element"] = (
+            count
+        )
+        cells.append(f"{count:.2f}")
+        print(f"{row['architecture']:26}" + "".join(f"{cell:>14}" for cell in cells))
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -1,8 +1,7 @@
-// What both backends implement: the step, and the sum of the squares of all gradients.
+// What both backends implement: the step, and the norm of all gradients.
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <span>
 
 #include "step_types.h"
@@ -58,25 +57,32 @@ struct LaunchGroup {
 
 namespace cuda {
 
+// The norm of all gradients, in memory of the GPU.
+struct GradNorm {
+  double sum_of_squares;
+  double norm;  // before clipping, of the gradients divided by grad_scale
+  double clip_coefficient;
+};
+
 // The step of all groups on one GPU. The pointers are to its memory.
 struct Step {
   std::span<const TensorEntry> tensors;  // in the order of their groups
   std::span<const LaunchGroup> groups;
-  const float* grad_scale = nullptr;  // or null
-  const float* found_inf = nullptr;   // or null; if not 0, the step is skipped
-  // Null if no norm is needed. If set, the step writes grad_norm, clips unless max_grad_norm is
-  // infinite, and with skip_nonfinite is skipped if the norm is not finite.
-  const double* sum_of_squares = nullptr;
-  double* grad_norm = nullptr;
-  double max_grad_norm = std::numeric_limits<double>::infinity();
-  bool skip_nonfinite = false;
+  const float* grad_scale = nullptr;    // or null
+  const float* found_inf = nullptr;     // or null; if not 0, the step is skipped
+  const GradNorm* grad_norm = nullptr;  // or null; the gradients are clipped
+  bool skip_nonfinite = false;          // with grad_norm: if it is not finite, the step is skipped
 };
 
-// Memory of the GPU for a sum of squares.
-struct NormMemory {
-  double* sum_of_squares;  // the result
-  double* chunk_sums;      // count_ranges(tensors, kNormChunk) of them
-  uint32_t* ticket;        // 0 before and after
+// What a norm is computed from, and into. The pointers are to memory of the GPU.
+struct NormStep {
+  std::span<const TensorEntry> tensors;
+  double* chunk_sums;  // sum_count of them, and count_ranges(tensors, kNormChunk) more
+  GradNorm* result;
+  uint32_t* ticket;         // 0 before and after
+  const float* grad_scale;  // or null
+  double max_grad_norm;     // infinite: nothing is clipped
+  int64_t sum_count = 0;    // of sums that chunk_sums holds already
 };
 
 #if defined(SGDR_WITH_CUDA)
@@ -84,15 +90,14 @@ constexpr bool kIsBuilt = true;
 
 // Both run on the current stream of that GPU.
 void fused_step(int8_t gpu, const Step& step);
-void sum_of_squared_grads(int8_t gpu, std::span<const TensorEntry> tensors,
-                          const NormMemory& memory);
+void grad_norm(int8_t gpu, const NormStep& step);
 
 // Whether the current stream of the current GPU is being captured into a graph.
 bool is_capturing();
 #else
 constexpr bool kIsBuilt = false;
 inline void fused_step(int8_t, const Step&) {}
-inline void sum_of_squared_grads(int8_t, std::span<const TensorEntry>, const NormMemory&) {}
+inline void grad_norm(int8_t, const NormStep&) {}
 inline bool is_capturing() { return false; }
 #endif
 

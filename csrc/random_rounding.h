@@ -72,11 +72,15 @@ SGDR_HD uint32_t bits_of_element(uint32_t word, uint32_t i) {
 }
 
 // Rounds up with a probability equal to the part that is cut off, else down. `bits` holds 16 random
-// bits; the result is the representation of the rounded number.
-SGDR_HD uint16_t round_to_bfloat16(float value, uint32_t bits) {
+// bits; the upper half of the result is the representation of the rounded number. A NaN stays: one
+// that arithmetic has made has its highest bits set.
+SGDR_HD uint32_t round_upper_half(float value, uint32_t bits) {
   const uint32_t exact = std::bit_cast<uint32_t>(value);
-  const bool is_nan = (exact & 0x7FFFFFFF) > 0x7F800000;
-  return static_cast<uint16_t>((is_nan ? exact | 0x00400000 : exact + bits) >> 16);
+  return value == value ? exact + bits : exact;
+}
+
+SGDR_HD uint16_t round_to_bfloat16(float value, uint32_t bits) {
+  return static_cast<uint16_t>(round_upper_half(value, bits) >> 16);
 }
 
 SGDR_HD uint16_t round_to_float16(float value, uint32_t bits) {

@@ -127,8 +127,8 @@ enum class WeightDecay : uint8_t { kL2, kDecoupled };
 enum class Direction : uint8_t { kGrad, kMomentumBuffer, kNesterov };
 
 // What is done to the gradient first: it is divided by grad_scale, then multiplied by the clip
-// coefficient.
-enum class GradScale : uint8_t { kNone, kMultiply, kDivideAndMultiply };
+// coefficient. kMultiplyTwice divides by a multiplication, with grad_scale's exact reciprocal.
+enum class GradScale : uint8_t { kNone, kMultiply, kMultiplyTwice, kDivideAndMultiply };
 
 // The options that change the element update. They are types, decided outside the loop, so that the
 // loop has no branch.
@@ -149,30 +149,51 @@ struct GroupScalars {
   double grad_multiplier = 1;  // clip coefficient, negative if maximize
 };
 
-// The same numbers, each rounded once to the type of the arithmetic.
+// The numbers that do not depend on the step, each rounded once to the type of the arithmetic.
 template <class T>
-struct UpdateScalars {
-  T minus_lr, momentum, one_minus_dampening, weight_decay, one_minus_lr_weight_decay, grad_divisor,
-      grad_multiplier;
+struct FixedScalars {
+  T momentum, one_minus_dampening, weight_decay;
 
-  SGDR_HD explicit UpdateScalars(const GroupScalars& s)
-      : minus_lr(static_cast<T>(-s.lr)),
-        momentum(static_cast<T>(s.momentum)),
+  SGDR_HD explicit FixedScalars(const GroupScalars& s)
+      : momentum(static_cast<T>(s.momentum)),
         one_minus_dampening(static_cast<T>(1 - s.dampening)),
-        weight_decay(static_cast<T>(s.weight_decay)),
-        one_minus_lr_weight_decay(static_cast<T>(1 - s.lr * s.weight_decay)),
-        grad_divisor(static_cast<T>(s.grad_divisor)),
-        grad_multiplier(static_cast<T>(s.grad_multiplier)) {}
+        weight_decay(static_cast<T>(s.weight_decay)) {}
+};
+
+// All numbers, likewise.
+template <class T>
+struct UpdateScalars : FixedScalars<T> {
+  T minus_lr, one_minus_lr_weight_decay;
+  T grad_divisor;  // with kMultiplyTwice its reciprocal
+  T grad_multiplier;
+
+  explicit UpdateScalars(const GroupScalars& s)
+      : UpdateScalars(FixedScalars<T>(s), s.lr, s.weight_decay, s.grad_divisor, s.grad_multiplier) {
+  }
+  SGDR_HD UpdateScalars(const FixedScalars<T>& fixed, double lr, double weight_decay,
+                        double divisor, double multiplier)
+      : FixedScalars<T>(fixed),
+        minus_lr(static_cast<T>(-lr)),
+        one_minus_lr_weight_decay(static_cast<T>(1 - lr * weight_decay)),
+        grad_divisor(static_cast<T>(divisor)),
+        grad_multiplier(static_cast<T>(multiplier)) {}
 };
 
 SGDR_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 SGDR_HD double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+template <GradScale kScale, class T>
+SGDR_HD T scale_grad(T grad, const UpdateScalars<T>& s) {
+  if constexpr (kScale == GradScale::kDivideAndMultiply) grad = grad / s.grad_divisor;
+  if constexpr (kScale == GradScale::kMultiplyTwice) grad = grad * s.grad_divisor;
+  if constexpr (kScale != GradScale::kNone) grad = grad * s.grad_multiplier;
+  return grad;
+}
+
 // One element of torch.optim.SGD's step, in torch's order of operations. T is float or double.
 template <class Options, class T>
 SGDR_HD void sgd_update(T& param, T grad, T& momentum_buffer, const UpdateScalars<T>& s) {
-  if constexpr (Options::grad_scale == GradScale::kDivideAndMultiply) grad = grad / s.grad_divisor;
-  if constexpr (Options::grad_scale != GradScale::kNone) grad = grad * s.grad_multiplier;
+  grad = scale_grad<Options::grad_scale>(grad, s);
   if constexpr (Options::weight_decay == WeightDecay::kL2)
     grad = fused_multiply_add(s.weight_decay, param, grad);
   else

@@ -5,185 +5,151 @@
 #include "blocks.cuh"
 #include "launch.h"
 #include "loops.cuh"
-#include "loops_with_extras.cuh"
 
 namespace sgdr {
 namespace cuda {
 
-// ----------------------------------------------------------------------------------------------
-// what holds for the whole step
-
-__device__ __forceinline__ double grad_scale(const LaunchArgs& args) {
-  return args.grad_scale == nullptr ? 1 : *args.grad_scale;
-}
-
-__device__ __forceinline__ bool is_skipped(const LaunchArgs& args) {
+__device__ __forceinline__ bool is_skipped(const LaunchHeader& args) {
   if (args.found_inf != nullptr && *args.found_inf != 0) return true;
-  return args.skip_nonfinite && !is_finite(*args.sum_of_squares);
-}
-
-__device__ __forceinline__ double norm_of_grads(const LaunchArgs& args) {
-  return grad_norm(*args.sum_of_squares, grad_scale(args));
-}
-
-__device__ __forceinline__ double coefficient_of_grads(const LaunchArgs& args) {
-  if (args.sum_of_squares == nullptr || !is_finite(args.max_grad_norm)) return 1;
-  return clip_coefficient(norm_of_grads(args), args.max_grad_norm);
-}
-
-__device__ __forceinline__ void write_grad_norm(const LaunchArgs& args) {
-  if (args.grad_norm == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
-  *args.grad_norm = norm_of_grads(args);
+  return args.skip_nonfinite && !is_finite(args.grad_norm->sum_of_squares);
 }
 
 // ----------------------------------------------------------------------------------------------
 // a block's work
 
+// The group's LR, in each thread of the block. Only after an option of the schedule has changed is
+// it computed.
+__device__ __forceinline__ double lr_of(const KernelGroup& group) {
+  if (group.lr_source == LrSource::kState) return group.state->lr;
+  __shared__ double lr;
+  if (threadIdx.x == 0) lr = refreshed_lr(group.options.schedule, *group.state);
+  __syncthreads();
+  return lr;
+}
+
+template <class T>
+__device__ __forceinline__ UpdateScalars<T> scalars_of(const LaunchHeader& args,
+                                                       const KernelGroup& group, double lr,
+                                                       float grad_scale) {
+  const double coefficient = args.grad_norm == nullptr ? 1 : args.grad_norm->clip_coefficient;
+  return UpdateScalars<T>(group.fixed_scalars<T>(), lr, group.options.weight_decay, grad_scale,
+                          group.options.maximize ? -coefficient : coefficient);
+}
+
 // Whether the group's parameters are averaged in this step.
-__device__ __forceinline__ bool averages(const LaunchGroup& group) {
+__device__ __forceinline__ bool averages(const KernelGroup& group) {
   return group.options.averaging == Averaging::kExponential ||
          (group.options.averaging == Averaging::kEqual &&
           ends_cycle(group.options.schedule, group.state->position));
 }
 
-__device__ __forceinline__ double ema_decay(const LaunchGroup& group, const ParamState& param) {
+__device__ __forceinline__ double ema_decay(const KernelGroup& group, const ParamState& param) {
   if (param.ema_is_empty) return 0;
   return group.options.averaging == Averaging::kEqual ? decay_of_equal_average(param.n_averaged)
                                                       : group.options.ema_decay;
 }
 
-__device__ __forceinline__ GroupScalars group_scalars(const LaunchArgs& args,
-                                                      const LaunchGroup& group) {
-  const double lr = group.lr_source == LrSource::kState
-                        ? group.state->lr
-                        : refreshed_lr(group.options.schedule, *group.state);
-  return scalars_of(group.options, lr, grad_scale(args), coefficient_of_grads(args));
-}
-
-template <ElementTypes types>
-__device__ __forceinline__ Chunk<types> chunk_of(const LaunchTensor& tensor,
-                                                 const LaunchGroup& group, uint32_t begin) {
+template <ElementTypes types, class T, class Args>
+__device__ __forceinline__ Chunk<types, T> chunk_of(const Args& args, uint32_t place,
+                                                    const KernelGroup& group, uint32_t begin) {
+  const LaunchTensor& tensor = args.tensor(place);
+  const ParamState& state = group.params[tensor.param_index];
   const auto at = [begin](const void* memory, ElementType type) {
     char* const bytes = static_cast<char*>(const_cast<void*>(memory));
     return bytes == nullptr ? nullptr : bytes + static_cast<size_t>(begin) * element_size(type);
   };
   const ElementType param = tensor.param_type, grad = tensor.grad_type,
-                    momentum_buffer = tensor.momentum_type;
-  return {
+                    momentum_buffer = tensor.momentum_type,
+                    low_precision = tensor.low_precision_type;
+  Chunk<types, T> chunk = {
       .param = {at(tensor.param, param), param},
       .grad = {at(tensor.grad, grad), grad},
       .momentum_buffer = {at(tensor.momentum_buffer, momentum_buffer), momentum_buffer},
       .numel = min(tensor.numel - begin, kChunkNumel),
-      .momentum_is_empty =
-          group.options.has_momentum() && group.params[tensor.param_index].momentum_is_empty != 0,
+      .momentum_is_empty = group.options.has_momentum() && state.momentum_is_empty != 0,
   };
-}
-
-template <class T, ElementTypes types>
-__device__ __forceinline__ ChunkWithExtras<types, T> with_extras(
-    const Chunk<types>& plain, const LaunchTensor& tensor, const LaunchExtras& extras,
-    const LaunchGroup& group, uint32_t begin, const ChunkDraws& draws) {
-  const ParamState& state = group.params[tensor.param_index];
-  ChunkWithExtras<types, T> chunk{plain};
-  if (extras.ema != nullptr && averages(group)) {
-    chunk.ema.address = reinterpret_cast<char*>(static_cast<T*>(extras.ema) + begin);
-    chunk.ema_scalars = EmaScalars<T>(ema_decay(group, state));
+  if constexpr (has_addresses(Args::kExtras)) {
+    const LaunchExtras& extras = args.extras_of(place);
+    if (extras.ema != nullptr && averages(group)) {
+      chunk.ema.address = at(extras.ema, ema_type<T>);
+      chunk.ema_scalars = EmaScalars<T>(ema_decay(group, state));
+    }
+    chunk.low_precision_param = {at(extras.low_precision_param, low_precision), low_precision};
+    chunk.master_is_empty = extras.low_precision_param != nullptr && state.master_is_empty != 0;
   }
-  const auto is_narrow = [](ElementType type) { return element_size(type) == 2; };
-  if (extras.low_precision_param != nullptr) {
-    chunk.low_precision_param = {static_cast<char*>(extras.low_precision_param) + 2 * size_t{begin},
-                                 tensor.low_precision_type};
-    chunk.master_is_empty = state.master_is_empty != 0;
-  }
-  chunk.rounds_param = group.options.rounds_param && is_narrow(tensor.param_type);
-  chunk.rounds_momentum = group.options.rounds_momentum && group.options.has_momentum() &&
-                          is_narrow(tensor.momentum_type);
-  chunk.draws = &draws;
   return chunk;
 }
 
-template <bool kHasExtras>
-__device__ __forceinline__ void update_chunks(const LaunchArgs& args) {
-  struct Scalars {
-    UpdateScalars<float> in_float;
-    UpdateScalars<double> in_double;
-  };
-  alignas(kBytesPerAccess) __shared__ unsigned char memory[sizeof(Scalars)];
-  auto* const scalars = reinterpret_cast<Scalars*>(memory);
-  alignas(kBytesPerAccess) __shared__ ChunkDraws draws;
-  uint32_t group_of_scalars = args.group_count;
+template <class Args>
+__device__ __forceinline__ void update_chunk(const Args& args, uint32_t index) {
+  constexpr Extras kExtras = Args::kExtras;
+  const uint32_t place = tensor_of_chunk(args, index);
+  const LaunchTensor& tensor = args.tensor(place);
+  const KernelGroup& group = args.group(tensor.group);
+  const double lr = lr_of(group);
+  const uint32_t begin = (index - tensor.first_chunk) * kChunkNumel;
 
-  for (uint32_t index = blockIdx.x; index < args.chunk_count; index += gridDim.x) {
-    const uint32_t place = tensor_of_chunk(args, index);
-    const LaunchTensor& tensor = args.tensor(place);
-    const LaunchGroup& group = args.group(tensor.group);
-    if (tensor.group != group_of_scalars) {
-      __syncthreads();  // no thread still reads the scalars
-      if (threadIdx.x == 0) {
-        const GroupScalars of_group = group_scalars(args, group);
-        *scalars = {UpdateScalars<float>(of_group), UpdateScalars<double>(of_group)};
-      }
-      __syncthreads();
-      group_of_scalars = tensor.group;
-    }
-
-    const uint32_t begin = (index - tensor.first_chunk) * kChunkNumel;
-    if (kHasExtras && (group.options.rounds_param || group.options.rounds_momentum)) {
-      __syncthreads();  // no thread still reads the draws
-      const RandomKey key = {group.options.seed, static_cast<uint32_t>(group.state->position.step),
-                             group.first_param + tensor.param_index};
-      draws.fill(key, (int64_t{tensor.piece} * kMaxPieceNumel + begin) / kDrawNumel);
-      __syncthreads();
-    }
-    const auto update = [&]<ElementTypes types, class T>(
-                            std::integral_constant<ElementTypes, types>,
-                            const UpdateScalars<T>& of_group) {
-      const Chunk<types> chunk = chunk_of<types>(tensor, group, begin);
-      if constexpr (kHasExtras)
-        update_chunk(group.options,
-                     with_extras<T>(chunk, tensor, args.extras(place), group, begin, draws),
-                     of_group);
-      else
-        update_chunk(group.options, chunk, of_group);
-    };
-    with_types({tensor.param_type, tensor.grad_type, tensor.momentum_type}, [&](auto types) {
-      constexpr ElementTypes kTypes = decltype(types)::value;
-      if constexpr (kTypes == kAny) {
-        if (tensor.param_type == ElementType::kDouble)
-          update(types, scalars->in_double);
-        else
-          update(types, scalars->in_float);
-      } else if constexpr (kTypes.param == ElementType::kDouble) {
-        update(types, scalars->in_double);
-      } else {
-        update(types, scalars->in_float);
-      }
-    });
+  ElementTypes types = {tensor.param_type, tensor.grad_type, tensor.momentum_type};
+  if constexpr (has_rounding(kExtras)) {
+    types.rounds_param = rounds(group.options.rounds_param, tensor.param_type);
+    types.rounds_momentum = rounds(group.options.rounds_momentum, tensor.momentum_type);
   }
+  alignas(kBytesPerAccess) __shared__ ChunkDraws draws;
+  if (types.rounds_param || types.rounds_momentum) {
+    const RandomKey key = {group.options.seed, static_cast<uint32_t>(group.state->position.step),
+                           group.first_param + tensor.param_index};
+    draws.fill(key, (int64_t{tensor.piece} * kMaxPieceNumel + begin) / kDrawNumel,
+               tensor.numel - begin, types.rounds_param,
+               types.rounds_momentum && group.options.has_momentum());
+    __syncthreads();
+  }
+  const auto update = [&]<ElementTypes known, class T>(std::integral_constant<ElementTypes, known>,
+                                                       std::type_identity<T>) {
+    Chunk<known, T> chunk = chunk_of<known, T>(args, place, group, begin);
+    if constexpr (has_rounding(kExtras)) {
+      chunk.draws = &draws;
+      chunk.rounds_param = types.rounds_param;
+      chunk.rounds_momentum = types.rounds_momentum;
+    }
+    const float grad_scale = args.grad_scale == nullptr ? 1 : *args.grad_scale;
+    UpdateScalars<T> scalars = scalars_of<T>(args, group, lr, grad_scale);
+    const GradScale scale = scale_of(scalars, grad_scale);
+    update_chunk<kExtras>(group, chunk, scalars, scale);
+  };
+  with_types<kExtras>(types, [&](auto known) {
+    constexpr ElementTypes kTypes = decltype(known)::value;
+    if constexpr (kTypes.param == ElementType::kDouble) {
+      update(known, std::type_identity<double>{});
+    } else {
+      if constexpr (kTypes == kAny) {
+        if (types.param == ElementType::kDouble) return update(known, std::type_identity<double>{});
+      }
+      update(known, std::type_identity<float>{});
+    }
+  });
 }
 
 // ----------------------------------------------------------------------------------------------
 // the end of a launch, by its last block
 
 // Notes what a parameter's state holds from now on.
-template <bool kHasExtras>
-__device__ __forceinline__ void fill_state(const LaunchArgs& args, uint32_t i) {
+template <class Args>
+__device__ __forceinline__ void fill_state(const Args& args, uint32_t i) {
   const LaunchTensor& tensor = args.tensor(i);
   if (!tensor.completes_param) return;
-  const LaunchGroup& group = args.group(tensor.group);
+  const KernelGroup& group = args.group(tensor.group);
   ParamState& state = group.params[tensor.param_index];
   if (group.options.has_momentum()) state.momentum_is_empty = 0;
-  if constexpr (kHasExtras) {
-    // Asks for types, not addresses: a tensor without elements has no address.
-    if (tensor.low_precision_type != ElementType::kNone) state.master_is_empty = 0;
-    if (!averages(group)) return;
-    if (group.options.averaging == Averaging::kEqual)
-      state.n_averaged = state.ema_is_empty ? 1 : state.n_averaged + 1;
-    state.ema_is_empty = 0;
-  }
+  // Asks for types, not addresses: a tensor without elements has no address.
+  if (has_masters(Args::kExtras) && tensor.low_precision_type != ElementType::kNone)
+    state.master_is_empty = 0;
+  if (!has_averages(Args::kExtras) || !averages(group)) return;
+  if (group.options.averaging == Averaging::kEqual)
+    state.n_averaged = state.ema_is_empty ? 1 : state.n_averaged + 1;
+  state.ema_is_empty = 0;
 }
 
-__device__ __forceinline__ void advance_group(const LaunchGroup& group) {
+__device__ __forceinline__ void advance_group(const KernelGroup& group) {
   GroupState state = *group.state;
   advance(group.options.schedule, state);
   *group.state = state;
@@ -191,10 +157,9 @@ __device__ __forceinline__ void advance_group(const LaunchGroup& group) {
   for (uint32_t i = 0; i < group.param_count; ++i) group.params[i].momentum_is_empty = 1;
 }
 
-template <bool kHasExtras>
-__device__ __forceinline__ void finish_step(const LaunchArgs& args) {
-  for (uint32_t i = threadIdx.x; i < args.tensor_count; i += blockDim.x)
-    fill_state<kHasExtras>(args, i);
+template <class Args>
+__device__ __forceinline__ void finish_step(const Args& args) {
+  for (uint32_t i = threadIdx.x; i < args.tensor_count; i += blockDim.x) fill_state(args, i);
   __syncthreads();  // a restart may empty the momentum again
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
     if (args.group(i).advances) advance_group(args.group(i));
@@ -203,10 +168,11 @@ __device__ __forceinline__ void finish_step(const LaunchArgs& args) {
 
 // A skipped step only counts itself, and refreshes the LR if the schedule changed: the next launch
 // will not know of the change.
-__device__ __forceinline__ void skip_step(const LaunchArgs& args) {
+template <class Args>
+__device__ __forceinline__ void skip_step(const Args& args) {
   if (blockIdx.x != 0) return;
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
-    const LaunchGroup& group = args.group(i);
+    const KernelGroup& group = args.group(i);
     if (group.lr_source == LrSource::kSchedule && group.state->lr == group.state->scheduled_lr) {
       group.state->lr = group.state->scheduled_lr =
           learning_rate(group.options.schedule, group.state->position);
@@ -217,16 +183,16 @@ __device__ __forceinline__ void skip_step(const LaunchArgs& args) {
 
 }  // namespace cuda
 
-template <bool kHasExtras>
-__global__ void __launch_bounds__(kThreadsPerBlock, blocks_per_multiprocessor(kHasExtras))
-    fused_step_kernel(const __grid_constant__ LaunchArgs args) {
-  cuda::write_grad_norm(args);
+template <class Args>
+__global__ void __launch_bounds__(kThreadsPerBlock, blocks_per_multiprocessor(Args::kExtras))
+    fused_step_kernel(const __grid_constant__ Args args) {
   if (cuda::is_skipped(args)) {
     cuda::skip_step(args);
     return;
   }
-  cuda::update_chunks<kHasExtras>(args);
-  if (cuda::is_last_block(args.ticket)) cuda::finish_step<kHasExtras>(args);
+  // A block takes one chunk; a step without elements has none.
+  if (blockIdx.x < args.chunk_count) cuda::update_chunk(args, blockIdx.x);
+  if (cuda::is_last_block(args.ticket)) cuda::finish_step(args);
 }
 
 }  // namespace sgdr

@@ -3,17 +3,13 @@
 
 namespace sgdr::cuda {
 
-void sum_of_squared_grads(int8_t gpu, std::span<const TensorEntry> tensors,
-                          const NormMemory& memory) {
+void grad_norm(int8_t gpu, const NormStep& step) {
   const CurrentGpu current(gpu);
-  NormArgs args;
-  args.chunk_sums = memory.chunk_sums;
-  args.sum_of_squares = memory.sum_of_squares;
-  args.ticket = memory.ticket;
-  for_each_norm_launch(args, tensors, [&](const NormArgs& filled) {
-    const uint32_t blocks = block_count(filled, current.multiprocessors);
-    sum_of_squared_grads_kernel<<<blocks, kThreadsPerBlock, 0, current.stream>>>(filled);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  FilledNormLaunch args;
+  for_each_norm_launch(args, step, [&](const FilledNormLaunch& filled) {
+    with_norm_args_type(filled, [&]<class Args>(std::type_identity<Args>) {
+      current.launch(grad_norm_kernel<Args>, block_count(filled), &filled);
+    });
   });
 }
 

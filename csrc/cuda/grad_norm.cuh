@@ -1,5 +1,5 @@
-// The sum of the squares of all gradients: see Note [Sum of squares] in sgdr_math.h. Needs only the
-// CUDA language; counterpart of csrc/cpu/grad_norm.cpp.
+// The norm of all gradients, from the sum of their squares: see Note [Sum of squares] in
+// sgdr_math.h. Needs only the CUDA language; counterpart of csrc/cpu/grad_norm.cpp.
 #pragma once
 
 #include "../sgdr_math.h"
@@ -38,18 +38,16 @@ __device__ __forceinline__ void add_squares(double (&lanes)[kLanesPerThread],
   const uint32_t rows = grad.bits_of_address() % alignof(Lanes) == 0 ? numel / kLanes : 0;
 #pragma unroll 4
   for (uint32_t row = 0; row < rows; ++row) {
-    double values[kLanesPerThread];
-    grad.load(row * kWarpSize + thread_of_warp(), values);
+    const auto loaded =
+        grad.template load<double, kLanesPerThread>(row * kWarpSize + thread_of_warp());
     for (uint32_t i = 0; i < kLanesPerThread; ++i)
-      lanes[i] = add_square<kType>(lanes[i], values[i]);
+      lanes[i] = add_square<kType>(lanes[i], loaded.value(i));
   }
   for (uint32_t row = rows * kLanes; row < numel; row += kLanes) {
     for (uint32_t i = 0; i < kLanesPerThread; ++i) {
       const uint32_t index = row + thread_of_warp() * kLanesPerThread + i;
       if (index >= numel) continue;
-      double value[1];
-      grad.load(index, value);
-      lanes[i] = add_square<kType>(lanes[i], value[0]);
+      lanes[i] = add_square<kType>(lanes[i], grad.template load<double, 1>(index).element);
     }
   }
 }
@@ -68,17 +66,23 @@ __device__ __forceinline__ double sum_of_chunk(const NormTensor& tensor, uint32_
   return fold_lanes(lanes);
 }
 
-__device__ __forceinline__ void sum_up_chunks(const NormArgs& args) {
+template <class Args>
+__device__ __forceinline__ void sum_up_chunks(const Args& args) {
   const uint32_t warps = blockDim.x / kWarpSize;
-  const uint32_t warp = blockIdx.x * warps + threadIdx.x / kWarpSize;
-  for (uint32_t chunk = warp; chunk < args.chunk_count; chunk += gridDim.x * warps) {
-    const double sum = sum_of_chunk(args.tensor(tensor_of_chunk(args, chunk)), chunk);
-    if (thread_of_warp() == 0) args.chunk_sums[args.first_chunk + chunk] = sum;
-  }
+  const uint32_t chunk = blockIdx.x * warps + threadIdx.x / kWarpSize;
+  if (chunk >= args.chunk_count) return;
+  const double sum = sum_of_chunk(args.tensor(tensor_of_chunk(args, chunk)), chunk);
+  if (thread_of_warp() == 0) args.chunk_sums[args.first_chunk + chunk] = sum;
+}
+
+__device__ __forceinline__ GradNorm norm_of(const NormHeader& args, double sum_of_squares) {
+  const double norm =
+      sgdr::grad_norm(sum_of_squares, args.grad_scale == nullptr ? 1 : *args.grad_scale);
+  return {sum_of_squares, norm, sgdr::clip_coefficient(norm, args.max_grad_norm)};
 }
 
 // One block adds up the sums of all chunks; a thread takes one lane after another.
-__device__ __forceinline__ void sum_up_all(const NormArgs& args) {
+__device__ __forceinline__ void sum_up_all(const NormHeader& args) {
   alignas(kBytesPerAccess) __shared__ double lanes[kNormLanes];
   const int64_t chunks = args.first_chunk + args.chunk_count;
   for (uint32_t lane = threadIdx.x; lane < kNormLanes; lane += blockDim.x) {
@@ -93,13 +97,14 @@ __device__ __forceinline__ void sum_up_all(const NormArgs& args) {
   for (uint32_t i = 0; i < kLanesPerThread; ++i)
     of_thread[i] = lanes[threadIdx.x * kLanesPerThread + i];
   const double sum = fold_lanes(of_thread);
-  if (threadIdx.x == 0) *args.sum_of_squares = sum;
+  if (threadIdx.x == 0) *args.result = norm_of(args, sum);
 }
 
 }  // namespace cuda
 
-__global__ void __launch_bounds__(kThreadsPerBlock, blocks_per_multiprocessor())
-    sum_of_squared_grads_kernel(const __grid_constant__ NormArgs args) {
+template <class Args>
+__global__ void __launch_bounds__(kThreadsPerBlock, 4)
+    grad_norm_kernel(const __grid_constant__ Args args) {
   cuda::sum_up_chunks(args);
   if (args.is_last && cuda::is_last_block(args.ticket)) cuda::sum_up_all(args);
 }

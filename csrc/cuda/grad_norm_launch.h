@@ -24,28 +24,57 @@ struct NormTensor {
 };
 static_assert(sizeof(NormTensor) == 16);
 
-// The kernel's one argument, passed by value.
-struct NormArgs {
-  double* chunk_sums;      // device memory, for all launches together
-  double* sum_of_squares;  // device memory
-  uint32_t* ticket;        // device memory, 0 before and after each launch
-  int64_t first_chunk;     // index of the launch's first chunk among those of all launches
+// What does not depend on the number of tensors.
+struct NormHeader {
+  double* chunk_sums;       // device memory, for all launches together
+  cuda::GradNorm* result;   // device memory
+  uint32_t* ticket;         // device memory, 0 before and after each launch
+  const float* grad_scale;  // device memory, or null
+  double max_grad_norm;
+  int64_t first_chunk;  // index of the launch's first chunk among those of all launches
   uint32_t chunk_count;
   uint32_t tensor_count;
   bool is_last;  // whether this is the last launch
-  NormTensor tensors[1621];
+};
+
+// The kernel's one argument, passed by value.
+template <uint32_t kTensors>
+struct NormArgs : NormHeader {
+  NormTensor tensors[kTensors];
 
   SGDR_HD const NormTensor& tensor(uint32_t i) const { return tensors[i]; }
 };
-static_assert(sizeof(NormArgs) <= kMaxArgsBytes);
 
-// Fills `args` and calls launch(args), once for each launch that the list needs, at least once. The
-// caller has set its pointers.
+// A launch takes the smallest of these that suffices, as in launch.h.
+constexpr uint32_t kFewNormTensors = 60;
+constexpr uint32_t kMoreNormTensors = 636;
+constexpr uint32_t kMostNormTensors = 1620;
+using FilledNormLaunch = NormArgs<kMostNormTensors>;
+static_assert(sizeof(FilledNormLaunch) <= kMaxArgsBytes);
+
+// Calls f(std::type_identity<Args>) with the type of NormArgs that the kernel takes.
+template <class F>
+void with_norm_args_type(const FilledNormLaunch& args, F f) {
+  const uint32_t tensors = args.tensor_count <= kFewNormTensors    ? kFewNormTensors
+                           : args.tensor_count <= kMoreNormTensors ? kMoreNormTensors
+                                                                   : kMostNormTensors;
+  static_switch<kFewNormTensors, kMoreNormTensors, kMostNormTensors>(
+      tensors, [&](auto known) { f(std::type_identity<NormArgs<known>>{}); });
+}
+
+// Fills `args` and calls launch(args), once for each launch that the list needs, at least once.
 template <class Launch>
-void for_each_norm_launch(NormArgs& args, std::span<const TensorEntry> entries, Launch launch) {
-  args.first_chunk = args.chunk_count = args.tensor_count = 0;
-  args.is_last = false;
-  for (const TensorEntry& entry : entries) {
+void for_each_norm_launch(FilledNormLaunch& args, const cuda::NormStep& step, Launch launch) {
+  static_cast<NormHeader&>(args) = {.chunk_sums = step.chunk_sums,
+                                    .result = step.result,
+                                    .ticket = step.ticket,
+                                    .grad_scale = step.grad_scale,
+                                    .max_grad_norm = step.max_grad_norm,
+                                    .first_chunk = step.sum_count,
+                                    .chunk_count = 0,
+                                    .tensor_count = 0,
+                                    .is_last = false};
+  for (const TensorEntry& entry : step.tensors) {
     const auto* const grad = static_cast<const char*>(entry.grad);
     for (int64_t begin = 0; begin < entry.numel; begin += kMaxNormPieceNumel) {
       if (args.tensor_count == std::size(args.tensors)) {
@@ -66,11 +95,10 @@ void for_each_norm_launch(NormArgs& args, std::span<const TensorEntry> entries, 
   launch(args);
 }
 
-// At most as many blocks as run at once; their warps share the chunks.
-inline uint32_t block_count(const NormArgs& args, uint32_t multiprocessors) {
-  constexpr uint32_t kWarps = kThreadsPerBlock / kWarpSize;
-  return std::clamp((args.chunk_count + kWarps - 1) / kWarps, 1u,
-                    blocks_per_multiprocessor() * multiprocessors);
+// A warp takes a chunk. At least one block, which adds up the sums.
+inline uint32_t block_count(const NormHeader& args, uint32_t threads = kThreadsPerBlock) {
+  const uint32_t warps = threads / kWarpSize;
+  return std::max((args.chunk_count + warps - 1) / warps, 1u);
 }
 
 }  // namespace sgdr

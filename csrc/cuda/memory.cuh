@@ -5,6 +5,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "../static_switch.h"
@@ -32,6 +33,32 @@ struct Stored<ElementType::kHalf> : std::type_identity<c10::Half> {};
 template <>
 struct Stored<ElementType::kBFloat16> : std::type_identity<c10::BFloat16> {};
 
+// A pack as it is in memory, which takes fewer registers than its values. bfloat16 elements stay in
+// words: alone, each would take a register. A single element, whose type the compiler may not know,
+// is converted at once.
+template <ElementType kType, class T, uint32_t width>
+struct LoadedPack {
+  Pack<typename Stored<kType>::type, width> pack;
+
+  __device__ __forceinline__ T value(uint32_t i) const { return static_cast<T>(pack.elements[i]); }
+};
+template <class T, uint32_t width>
+  requires(width > 1)
+struct LoadedPack<ElementType::kBFloat16, T, width> {
+  Pack<uint32_t, width / 2> pack;
+
+  __device__ __forceinline__ T value(uint32_t i) const {
+    const uint32_t word = pack.elements[i / 2];
+    return std::bit_cast<float>(i % 2 == 0 ? word << 16 : word & 0xFFFF0000);
+  }
+};
+template <ElementType kType, class T>
+struct LoadedPack<kType, T, 1> {
+  T element;
+
+  __device__ __forceinline__ T value(uint32_t) const { return element; }
+};
+
 // Elements of one type, which is known to the compiler unless kType is kNone. `index` counts packs
 // of `width` elements.
 template <ElementType kType>
@@ -40,11 +67,16 @@ struct Memory {
   ElementType type = kType;
 
   template <class T, uint32_t width>
-  __device__ __forceinline__ void load(uint32_t index, T (&values)[width]) const {
-    with_type([&]<class stored_t>(std::type_identity<stored_t>) {
-      const auto pack = reinterpret_cast<const Pack<stored_t, width>*>(address)[index];
-      for (uint32_t i = 0; i < width; ++i) values[i] = static_cast<T>(pack.elements[i]);
-    });
+  __device__ __forceinline__ LoadedPack<kType, T, width> load(uint32_t index) const {
+    LoadedPack<kType, T, width> loaded;
+    if constexpr (width > 1) {
+      loaded = reinterpret_cast<const LoadedPack<kType, T, width>*>(address)[index];
+    } else {
+      with_type([&]<class stored_t>(std::type_identity<stored_t>) {
+        loaded.element = static_cast<T>(reinterpret_cast<const stored_t*>(address)[index]);
+      });
+    }
+    return loaded;
   }
 
   template <class T, uint32_t width>
@@ -56,12 +88,18 @@ struct Memory {
     });
   }
 
-  // Stores the representations of elements of a two-byte type.
+  // Stores elements of a two-byte type, whose representations are in the upper halves of words.
   template <uint32_t width>
-  __device__ __forceinline__ void store_bits(uint32_t index, const uint16_t (&bits)[width]) const {
-    Pack<uint16_t, width> pack;
-    for (uint32_t i = 0; i < width; ++i) pack.elements[i] = bits[i];
-    reinterpret_cast<Pack<uint16_t, width>*>(address)[index] = pack;
+  __device__ __forceinline__ void store_upper_halves(uint32_t index,
+                                                     const uint32_t (&words)[width]) const {
+    if constexpr (width == 1) {
+      reinterpret_cast<uint16_t*>(address)[index] = static_cast<uint16_t>(words[0] >> 16);
+    } else {
+      Pack<uint32_t, width / 2> pack;
+      for (uint32_t i = 0; i < width / 2; ++i)
+        pack.elements[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x7632);
+      reinterpret_cast<Pack<uint32_t, width / 2>*>(address)[index] = pack;
+    }
   }
 
   __device__ __forceinline__ uintptr_t bits_of_address() const {

@@ -32,7 +32,8 @@ struct DeviceStep {
   std::vector<GroupStep> host_groups{};      // of the CPU
   std::vector<LaunchGroup> launch_groups{};  // of a GPU
   std::vector<ShardedPart> sharded_parts{};  // if a norm is needed
-  at::Tensor sum_of_squares{};               // on a GPU, if a norm is needed
+  at::Tensor grad_scale{};                   // of a GPU: a float, if there is one
+  at::Tensor grad_norm{};                    // of a GPU: a cuda::GradNorm, if one is needed
 
   void clear() {
     flattener.clear();
@@ -40,6 +41,7 @@ struct DeviceStep {
     host_groups.clear();
     launch_groups.clear();
     sharded_parts.clear();
+    grad_scale = grad_norm = at::Tensor();
   }
 };
 

@@ -13,17 +13,21 @@ Gatherer::Gatherer(DeviceStep& target, const ParamGroup& group, uint32_t group_i
       shard_axes_(shard_axes),
       // A reader of a new buffer sees zeros if the step is skipped; the kernel goes by its flag.
       // While a graph is captured that is left out: each replay would repeat it.
-      zeroes_new_state_(group.on_gpu != nullptr && !cuda::is_capturing()) {}
+      zeroes_new_state_(group.on_gpu != nullptr && !cuda::is_capturing()),
+      is_in_use_{group.options.has_momentum(), group.options.averaging != Averaging::kNone,
+                 group.options.master_weights} {}
 
 bool Gatherer::add(size_t index, ParamAndState& found) {
   const GroupOptions& options = group_.options;
-  if (group_.on_gpu != nullptr) {
-    for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
-      if (is_in_use(role)) group_.on_gpu->sync_flag(index, role, found.state);
-    }
-  }
+  GroupOnGpu* const on_gpu = group_.on_gpu.get();
   const at::Tensor& param = THPVariable_Unpack(found.param);
   const at::Tensor& grad = grad_of(param);
+  if (!grad.defined() && on_gpu == nullptr) return true;
+  for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) {
+    if (!is_in_use_[role]) continue;
+    stored_[role] = find_in_state(found.state, name_of(role));
+    if (on_gpu != nullptr) on_gpu->sync_flag(index, role, as_tensor(stored_[role]));
+  }
   if (!grad.defined()) return true;
   if (param.layout() != at::kStrided) return false;
 
@@ -69,17 +73,6 @@ bool Gatherer::add(size_t index, ParamAndState& found) {
   return true;
 }
 
-bool Gatherer::is_in_use(Role role) const {
-  switch (role) {
-    case kMomentumBuffer:
-      return group_.options.has_momentum();
-    case kEma:
-      return group_.options.averaging != Averaging::kNone;
-    default:
-      return group_.options.master_weights;
-  }
-}
-
 bool Gatherer::averages_in_this_step() const {
   switch (group_.options.averaging) {
     case Averaging::kNone:
@@ -97,11 +90,9 @@ bool Gatherer::averages_in_this_step() const {
 SGDR_INLINE bool Gatherer::find_or_make(ParamAndState& param, size_t index, Role role,
                                         at::ScalarType dtype, const at::Tensor*& tensor,
                                         bool& is_new) {
-  PyObject* const found = param.state == nullptr ? nullptr : find(param.state, name_of(role));
-  if (found != nullptr && found != Py_None) {
-    if (!THPVariable_Check(found)) return false;
-    tensor = &THPVariable_Unpack(found);
-    return true;
+  if (stored_[role] != nullptr) {
+    tensor = as_tensor(stored_[role]);
+    return tensor != nullptr;
   }
   tensor = &new_state_.make(param, role, dtype, group_.on_gpu.get(), index);
   if (zeroes_new_state_) tensor->zero_();
@@ -111,11 +102,10 @@ SGDR_INLINE bool Gatherer::find_or_make(ParamAndState& param, size_t index, Role
 
 // Whether an average that this step leaves alone could be updated.
 bool Gatherer::is_average_valid(const ParamAndState& param, at::ScalarType dtype) const {
-  PyObject* const found = param.state == nullptr ? nullptr : find(param.state, names::ema());
-  if (found == nullptr || found == Py_None) return true;
-  if (!THPVariable_Check(found)) return false;
-  const at::Tensor& ema = THPVariable_Unpack(found);
-  return ema.scalar_type() == dtype && ema.sizes() == THPVariable_Unpack(param.param).sizes();
+  if (stored_[kEma] == nullptr) return true;
+  const at::Tensor* const ema = as_tensor(stored_[kEma]);
+  return ema != nullptr && ema->scalar_type() == dtype &&
+         ema->sizes() == THPVariable_Unpack(param.param).sizes();
 }
 
 // How many weights an equal average holds before this step.

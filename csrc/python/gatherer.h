@@ -1,6 +1,8 @@
 // From a parameter, its gradient and its state to the entry that a backend takes.
 #pragma once
 
+#include <array>
+
 #include "device_step.h"
 #include "grad_norm.h"
 #include "new_state.h"
@@ -22,7 +24,6 @@ class Gatherer {
   bool add(size_t index, ParamAndState& param);
 
  private:
-  bool is_in_use(Role role) const;
   bool averages_in_this_step() const;
   bool find_or_make(ParamAndState& param, size_t index, Role role, at::ScalarType dtype,
                     const at::Tensor*& tensor, bool& is_new);
@@ -35,6 +36,8 @@ class Gatherer {
   NewState& new_state_;
   const py::function* shard_axes_;
   bool zeroes_new_state_;
+  std::array<bool, kRoles> is_in_use_;
+  std::array<PyObject*, kRoles> stored_{};  // in the state of the parameter that is being added
 };
 
 }  // namespace sgdr

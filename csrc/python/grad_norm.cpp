@@ -2,6 +2,8 @@
 
 #include <ATen/Functions.h>
 
+#include <limits>
+
 namespace sgdr {
 namespace {
 
@@ -55,28 +57,38 @@ double sum_of_squared_grads_on_host(DeviceStep& step, const py::function& sum_ov
   return total;
 }
 
-at::Tensor sum_of_squared_grads_on_gpu(const DeviceStep& step,
-                                       const py::function& sum_over_shards) {
+at::Tensor grad_norm_on_gpu(const DeviceStep& step, const Clipping& clipping,
+                            const py::function& sum_over_shards) {
   const auto options = at::TensorOptions().dtype(at::kDouble).device(step.device);
-  at::Tensor total;
+  const auto norm_of = [&](std::span<const TensorEntry> entries, const at::Tensor& sums,
+                           int64_t sum_count) {
+    const at::Tensor result = at::empty({sizeof(cuda::GradNorm) / sizeof(double)}, options);
+    auto* const group = reinterpret_cast<GroupMemory*>(step.launch_groups[0].state);
+    constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+    cuda::grad_norm(
+        step.device.index(),
+        {.tensors = entries,
+         .chunk_sums = sums.mutable_data_ptr<double>(),
+         .result = static_cast<cuda::GradNorm*>(result.mutable_data_ptr()),
+         .ticket = &group->ticket,
+         .grad_scale =
+             step.grad_scale.defined() ? step.grad_scale.const_data_ptr<float>() : nullptr,
+         .max_grad_norm = clipping.max_grad_norm.value_or(kNoLimit),
+         .sum_count = sum_count});
+    return result;
+  };
+  std::vector<at::Tensor> sums;  // of squares, over all ranks
+  at::Tensor result;
   for_each_part(step, [&](const std::vector<TensorEntry>& entries, const py::object& axes) {
-    at::Tensor sum;
-    if (entries.empty()) {
-      if (!axes.is_none() || total.defined()) return;
-      sum = at::zeros({}, options);
-    } else {
-      const at::Tensor sums = at::empty({1 + count_ranges(entries, kNormChunk)}, options);
-      auto* const memory = sums.mutable_data_ptr<double>();
-      auto* const group = reinterpret_cast<GroupMemory*>(step.launch_groups[0].state);
-      cuda::sum_of_squared_grads(
-          step.device.index(), entries,
-          {.sum_of_squares = memory, .chunk_sums = memory + 1, .ticket = &group->ticket});
-      sum = sums.select(0, 0);
-    }
-    if (!axes.is_none()) sum_over_shards(to_python(sum), axes);
-    total = total.defined() ? total.add(sum) : sum;
+    if (entries.empty() && !step.sharded_parts.empty()) return;
+    result = norm_of(entries, at::empty({count_ranges(entries, kNormChunk)}, options), 0);
+    sums.push_back(result.narrow(0, 0, 1));
+    if (!axes.is_none()) sum_over_shards(to_python(sums.back()), axes);
   });
-  return total;
+  if (step.sharded_parts.empty()) return result;
+  at::Tensor total = sums[0];
+  for (size_t i = 1; i < sums.size(); ++i) total = total.add(sums[i]);
+  return norm_of({}, total, 1);
 }
 
 }  // namespace sgdr

@@ -24,7 +24,8 @@ void add_to_part(std::vector<ShardedPart>& parts, py::object axes, size_t entry)
 // a tensor in place.
 double sum_of_squared_grads_on_host(DeviceStep& step, const py::function& sum_over_shards);
 
-// The same without waiting for the GPU: a float64 tensor without dimensions.
-at::Tensor sum_of_squared_grads_on_gpu(const DeviceStep& step, const py::function& sum_over_shards);
+// The cuda::GradNorm of all gradients in memory of the GPU, without waiting for it.
+at::Tensor grad_norm_on_gpu(const DeviceStep& step, const Clipping& clipping,
+                            const py::function& sum_over_shards);
 
 }  // namespace sgdr

@@ -11,7 +11,9 @@ GroupOnGpu::GroupOnGpu(py::object device_state, PyObject* params, PyObject* stat
       memory_(THPVariable_Unpack(device_state_.attr("memory").ptr())) {
   for (const py::handle param : py::reinterpret_borrow<py::list>(params)) {
     PyObject* const of_param = find(state, param.ptr());
-    const auto stored = [&](Role role) { return WeakTensor(tensor_in(of_param, name_of(role))); };
+    const auto stored = [&](Role role) {
+      return WeakTensor(as_tensor(find_in_state(of_param, name_of(role))));
+    };
     params_.push_back({param.ptr(), {stored(kMomentumBuffer), stored(kEma), stored(kMasterParam)}});
   }
 }
@@ -38,10 +40,7 @@ LaunchGroup GroupOnGpu::launch_group(const GroupOptions& options, uint32_t first
           .advances = advances};
 }
 
-void GroupOnGpu::sync_flag(size_t index, Role role, PyObject* state_of_param) {
-  const at::Tensor* const stored = tensor_in(state_of_param, name_of(role));
-  WeakTensor& expected = params_[index].tensors[role];
-  if (expected.is(stored)) return;
+void GroupOnGpu::write_flag(size_t index, Role role, const at::Tensor* stored) {
   if (cuda::is_capturing()) {
     throw std::runtime_error(
         std::string("a tensor in the optimizer's state was set or removed since the last step (") +
@@ -54,13 +53,14 @@ void GroupOnGpu::sync_flag(size_t index, Role role, PyObject* state_of_param) {
                 offsetof(ParamState, master_is_empty) == kMasterParam);
   const size_t flag = sizeof(GroupMemory) + index * sizeof(ParamState) + role;
   memory_.view(at::kByte).narrow(0, static_cast<int64_t>(flag), 1).fill_(stored == nullptr ? 1 : 0);
-  expected = WeakTensor(stored);
+  params_[index].tensors[role] = WeakTensor(stored);
 }
 
 void GroupOnGpu::sync_flags(PyObject* params, PyObject* state) {
   for (size_t i = 0; i < params_.size(); ++i) {
     PyObject* const of_param = find(state, PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i)));
-    for (const Role role : {kMomentumBuffer, kEma, kMasterParam}) sync_flag(i, role, of_param);
+    for (const Role role : {kMomentumBuffer, kEma, kMasterParam})
+      sync_flag(i, role, as_tensor(find_in_state(of_param, name_of(role))));
   }
 }
 

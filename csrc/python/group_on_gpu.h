@@ -35,9 +35,11 @@ class GroupOnGpu {
 
   LaunchGroup launch_group(const GroupOptions& options, uint32_t first_param, bool advances) const;
 
-  // Brings the flag of a parameter's tensor up to date if somebody else has put the tensor into
-  // state, or removed it.
-  void sync_flag(size_t index, Role role, PyObject* state_of_param);
+  // Brings the flag of a parameter's tensor up to date if somebody else has put `stored` into
+  // state, or removed it (null).
+  void sync_flag(size_t index, Role role, const at::Tensor* stored) {
+    if (!params_[index].tensors[role].is(stored)) write_flag(index, role, stored);
+  }
 
   // Brings all flags up to date. `params` is the list of the group's parameters.
   void sync_flags(PyObject* params, PyObject* state);
@@ -54,6 +56,8 @@ class GroupOnGpu {
     PyObject* param;                         // for comparison only
     std::array<WeakTensor, kRoles> tensors;  // the state tensors that the flags describe
   };
+
+  void write_flag(size_t index, Role role, const at::Tensor* stored);
 
   py::object device_state_;
   at::Tensor memory_;

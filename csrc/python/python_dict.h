@@ -84,10 +84,20 @@ inline bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
-// A tensor in the state of a parameter, or null.
-inline const at::Tensor* tensor_in(PyObject* state_of_param, PyObject* name) {
-  PyObject* stored = state_of_param == nullptr ? nullptr : find(state_of_param, name);
-  return stored != nullptr && THPVariable_Check(stored) ? &THPVariable_Unpack(stored) : nullptr;
+// What a parameter's state holds under a name; null if nothing, or None. Mostly that is the first
+// item, and to read it takes half as long as a lookup.
+inline PyObject* find_in_state(PyObject* state_of_param, PyObject* name) {
+  if (state_of_param == nullptr) return nullptr;
+  Py_ssize_t position = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  if (!PyDict_Next(state_of_param, &position, &key, &value) || key != name)
+    value = find(state_of_param, name);
+  return value == Py_None ? nullptr : value;
+}
+
+// The tensor that a Python object is, or null.
+inline const at::Tensor* as_tensor(PyObject* object) {
+  return object != nullptr && THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
 inline py::object to_python(const at::Tensor& tensor) {

@@ -58,7 +58,7 @@ struct Stepper::RunningStep {
   explicit RunningStep(Stepper& stepper) : stepper(stepper) { stepper.lock_->begin_step(); }
   ~RunningStep() {
     stepper.host_.clear();
-    stepper.gpus_.clear();
+    for (DeviceStep& gpu : stepper.gpus_) gpu.clear();
     stepper.new_state_.clear();
     stepper.params_.end_step();
     stepper.owns_ = false;
@@ -93,6 +93,10 @@ bool Stepper::step(const py::object& param_groups, const py::object& state,
   }
   const double scale = is_host_in_charge && !grad_scale.is_none() ? to_double(grad_scale) : 1;
   if (!gather(state.ptr())) return false;
+  for (DeviceStep& gpu : gpus_) {
+    const c10::DeviceGuard guard(gpu.device);
+    gpu.grad_scale = float_on(grad_scale, gpu.device);
+  }
   const std::optional<double> clip_coefficient = norm(scale);
   if (!clip_coefficient.has_value()) {
     count_skipped_step();
@@ -101,7 +105,7 @@ bool Stepper::step(const py::object& param_groups, const py::object& state,
   // From the first write on, nothing runs Python code.
   new_state_.prepare(state);
   if (!new_state_.empty()) params_.invalidate();  // it has put new dicts into the state
-  run({grad_scale, found_inf}, scale, *clip_coefficient);
+  run(found_inf, scale, *clip_coefficient);
   store();
   advance(!found_inf.is_none() || clipping_.skip_nonfinite);
   return running.keep();
@@ -123,8 +127,9 @@ bool Stepper::step_param(const py::object& param_groups, const py::object& state
   ParamAndState found = find_state(param.ptr(), state.ptr());
   const auto state_of_param = py::reinterpret_borrow<py::object>(found.state);
   if (!gather_group(group, {&found, 1}, in_group, false)) return false;
+  drop_unused_gpus();
   new_state_.prepare(state);
-  run({py::none(), py::none()}, 1, 1);
+  run(py::none(), 1, 1);
   store();
   return running.keep();
 }
@@ -203,10 +208,16 @@ bool Stepper::gather(PyObject* state) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     if (!gather_group(i, params_.of_group(i), 0, true)) return false;
   }
+  drop_unused_gpus();
   if (host_.flattener.copies_shared_memory()) return false;
   // To release the GIL lets other threads in; to prepare new state runs Python code.
   if (cpu::is_worth_threads(host_.entries) || !new_state_.empty()) own();
   return true;
+}
+
+// A DeviceStep is kept for the next step, as its vectors have grown to what they have to hold.
+void Stepper::drop_unused_gpus() {
+  std::erase_if(gpus_, [](const DeviceStep& gpu) { return gpu.launch_groups.empty(); });
 }
 
 // From here on the step does not rely on others to keep alive what it has gathered and will gather.
@@ -261,7 +272,9 @@ std::optional<double> Stepper::norm(double grad_scale) {
   if (!gpus_.empty()) {
     DeviceStep& gpu = gpus_.front();
     const c10::DeviceGuard guard(gpu.device);
-    gpu.sum_of_squares = sum_of_squared_grads_on_gpu(gpu, python_.sum_over_shards);
+    gpu.grad_norm = grad_norm_on_gpu(gpu, clipping_, python_.sum_over_shards);
+    grad_norm_ =
+        to_python(gpu.grad_norm.select(0, offsetof(cuda::GradNorm, norm) / sizeof(double)));
     return 1;
   }
   const double sum_of_squares = sum_of_squared_grads_on_host(host_, python_.sum_over_shards);
@@ -274,8 +287,8 @@ std::optional<double> Stepper::norm(double grad_scale) {
 // ------------------------------------------------------------------------------------------------
 // run
 
-void Stepper::run(const Amp& amp, double grad_scale, double clip_coefficient) {
-  for (const DeviceStep& gpu : gpus_) run_on_gpu(gpu, amp);
+void Stepper::run(const py::object& found_inf, double grad_scale, double clip_coefficient) {
+  for (const DeviceStep& gpu : gpus_) run_on_gpu(gpu, found_inf);
   run_on_host(grad_scale, clip_coefficient);
 }
 
@@ -290,25 +303,16 @@ void Stepper::run_on_host(double grad_scale, double clip_coefficient) {
               [&] { cpu::fused_step({.tensors = host_.entries, .groups = host_.host_groups}); });
 }
 
-void Stepper::run_on_gpu(const DeviceStep& step, const Amp& amp) {
+void Stepper::run_on_gpu(const DeviceStep& step, const py::object& found_inf) {
   const c10::DeviceGuard guard(step.device);
-  const at::Tensor scale = float_on(amp.grad_scale, step.device);
-  const at::Tensor inf = float_on(amp.found_inf, step.device);
-  at::Tensor norm;
-  if (step.sum_of_squares.defined()) {
-    norm = at::empty({}, step.sum_of_squares.options());
-    grad_norm_ = to_python(norm);
-  }
-  constexpr double kNoLimit = std::numeric_limits<double>::infinity();
-  cuda::fused_step(step.device.index(),
-                   {.tensors = step.entries,
-                    .groups = step.launch_groups,
-                    .grad_scale = address_or_null<float>(scale),
-                    .found_inf = address_or_null<float>(inf),
-                    .sum_of_squares = address_or_null<double>(step.sum_of_squares),
-                    .grad_norm = norm.defined() ? norm.mutable_data_ptr<double>() : nullptr,
-                    .max_grad_norm = clipping_.max_grad_norm.value_or(kNoLimit),
-                    .skip_nonfinite = clipping_.skip_nonfinite});
+  const at::Tensor inf = float_on(found_inf, step.device);
+  const void* const norm = step.grad_norm.defined() ? step.grad_norm.const_data_ptr() : nullptr;
+  cuda::fused_step(step.device.index(), {.tensors = step.entries,
+                                         .groups = step.launch_groups,
+                                         .grad_scale = address_or_null<float>(step.grad_scale),
+                                         .found_inf = address_or_null<float>(inf),
+                                         .grad_norm = static_cast<const cuda::GradNorm*>(norm),
+                                         .skip_nonfinite = clipping_.skip_nonfinite});
 }
 
 // ------------------------------------------------------------------------------------------------

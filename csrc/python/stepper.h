@@ -57,11 +57,6 @@ class Stepper {
   bool step_param(const py::object& param_groups, const py::object& state, size_t index);
 
  private:
-  // What a GradScaler leaves for the step.
-  struct Amp {
-    py::object grad_scale;
-    py::object found_inf;
-  };
   struct RunningStep;
 
   void sync_groups(const py::object& param_groups, const py::object& state);
@@ -72,10 +67,11 @@ class Stepper {
   bool gather_group(size_t group, std::span<ParamAndState> params, size_t first, bool advances);
   void own();
   DeviceStep& device_step_of(const at::Tensor& memory);
+  void drop_unused_gpus();
   std::optional<double> norm(double grad_scale);
-  void run(const Amp& amp, double grad_scale, double clip_coefficient);
+  void run(const py::object& found_inf, double grad_scale, double clip_coefficient);
   void run_on_host(double grad_scale, double clip_coefficient);
-  void run_on_gpu(const DeviceStep& step, const Amp& amp);
+  void run_on_gpu(const DeviceStep& step, const py::object& found_inf);
   void store();
   void advance(bool may_be_skipped);
   void count_skipped_step();

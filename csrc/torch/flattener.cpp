@@ -12,7 +12,11 @@ namespace {
 
 // Whether both have the same elements in the same order of memory, without gaps.
 SGDR_INLINE bool has_layout_of(const at::Tensor& tensor, const at::Tensor& other) {
-  if (!tensor.sizes().equals(other.sizes())) return false;
+  const at::IntArrayRef sizes = tensor.sizes(), other_sizes = other.sizes();
+  if (sizes.size() != other_sizes.size()) return false;
+  for (size_t i = 0; i < sizes.size(); ++i) {  // equals() takes longer for so few
+    if (sizes[i] != other_sizes[i]) return false;
+  }
   if (other.is_contiguous()) return tensor.is_contiguous();
   return other.is_non_overlapping_and_dense() && tensor.strides().equals(other.strides());
 }
@@ -113,11 +117,11 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
   if (!is_plain(param) || !fits(&grad) || !fits(buffer) || !fits(ema) || !fits(low_precision))
     return false;
 
-  entry.param = param.mutable_data_ptr();
+  entry.param = address_of(param);
   entry.grad = grad.const_data_ptr();
-  if (buffer != nullptr) entry.momentum_buffer = buffer->mutable_data_ptr();
-  if (ema != nullptr) entry.ema = ema->mutable_data_ptr();
-  if (low_precision != nullptr) entry.low_precision_param = low_precision->mutable_data_ptr();
+  if (buffer != nullptr) entry.momentum_buffer = address_of(*buffer);
+  if (ema != nullptr) entry.ema = address_of(*ema);
+  if (low_precision != nullptr) entry.low_precision_param = address_of(*low_precision);
   entry.numel = param.numel();
   if (share_memory(entry)) return false;
   if (device_.is_cpu()) {

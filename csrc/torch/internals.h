@@ -26,6 +26,17 @@ SGDR_INLINE void bump_version(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
+// The address of a plain tensor's elements, as Tensor::mutable_data_ptr() gives it. That also
+// checks what a plain tensor has. tests/test_layouts.py
+SGDR_INLINE void* address_of(const at::Tensor& tensor) {
+  const at::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
+  auto* const memory =
+      static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
+  return tensor.numel() == 0
+             ? nullptr
+             : memory + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
+}
+
 // Addresses of a tensor's metadata that an earlier step has read. They are only prefetched, never
 // dereferenced, so a stale one is harmless.
 class MetadataHint {

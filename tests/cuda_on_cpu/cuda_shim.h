@@ -108,6 +108,15 @@ inline unsigned vote(unsigned mask, bool predicate, SHIM_PLACE) {
 
 }  // namespace shim
 
+// Byte i of the result is the byte of y:x that digit i of the selector names.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i)
+    result |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return result;
+}
+
 // As in CUDA, a lane whose source lies outside its group of `width` lanes keeps its own value.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_PLACE) {

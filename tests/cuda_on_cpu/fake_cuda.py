@@ -185,6 +185,7 @@ def run(
     deferred: bool = False,
     seed: int = 1,
     environment: dict[str, str] | None = None,
+    under: Sequence[str] = (),
     timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python code on the fake runtime, with torch's own few kernels and `kernels` at hand.
@@ -196,6 +197,7 @@ def run(
         devices, guard, deferred: see the head of fake_cudart.cpp; `guard` guards each tensor.
         seed: the order of blocks and threads, see shim_scheduler.h.
         environment: further variables.
+        under: a command that runs Python, such as valgrind with its options.
         timeout: in seconds.
     """
     require_cuda_torch()
@@ -214,7 +216,7 @@ def run(
         **(environment or {}),
     }
     return subprocess.run(
-        [python(), "-X", "faulthandler", "-c", script, *map(str, arguments)],
+        [*under, python(), "-X", "faulthandler", "-c", script, *map(str, arguments)],
         env=variables,
         capture_output=True,
         text=True,

@@ -432,6 +432,9 @@ cudaError_t launch(const char* call_name, const void* stub, dim3 grid, dim3 bloc
     return result(cudaErrorInvalidDeviceFunction);
   }
 
+  size_t argument_bytes = 0;
+  for (const size_t bytes : kernel->arg_bytes) argument_bytes += bytes;
+  call.note("argument_bytes=" + std::to_string(argument_bytes));
   std::vector<std::vector<char>> copies;
   for (size_t i = 0; i < kernel->arg_bytes.size(); ++i) {
     const char* const arg = static_cast<const char*>(args[i]);

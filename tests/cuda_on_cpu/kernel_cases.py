@@ -64,7 +64,6 @@ class Case:
         grad_dtypes: For parameter number i, if not its own.
         momentum_dtypes: For parameter number i, of a buffer that is there from the start.
         clipping: Options of the whole optimizer; may be set between steps.
-        multiprocessors: For which the grid is chosen.
         threads: Of a block; fewer than on a GPU are faster here.
     """
 
@@ -76,7 +75,6 @@ class Case:
         grad_dtypes: Sequence[torch.dtype] | None = None,
         momentum_dtypes: Sequence[torch.dtype] | None = None,
         clipping: Clipping | None = None,
-        multiprocessors: int = 1,
         threads: int = 64,
     ) -> None:
         options = {"lr": 0.1, "T_0": 5, "T_mult": 2}
@@ -89,7 +87,7 @@ class Case:
         self.clipping = clipping or Clipping()
         self.launches: list[int] = []
         self.norm_launches: list[int] = []
-        self._grid = (multiprocessors, threads)
+        self._threads = threads
         for i, dtype in enumerate(momentum_dtypes or []):
             buffer = values(self.params[i].numel(), dtype, 77 + i)
             self.optimizer.state[self.params[i]]["momentum_buffer"] = buffer
@@ -167,7 +165,7 @@ class Case:
         """
         case, result = folder / "case", folder / "result"
         with case.open("wb") as file:
-            file.write(struct.pack("<3I", seed, *self._grid))
+            file.write(struct.pack("<2I", seed, self._threads))
             file.write(self._start + struct.pack("<I", len(self._steps)))
             file.writelines(self._steps)
         ran = subprocess.run(

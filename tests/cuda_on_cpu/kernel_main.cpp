@@ -140,7 +140,7 @@ void run(Reader& in, std::ostream& out) {
     out.write(static_cast<const char*>(from), static_cast<std::streamsize>(count));
   };
   shim::config.seed = in.get<uint32_t>();
-  const auto multiprocessors = in.get<uint32_t>(), threads = in.get<uint32_t>();
+  const auto threads = in.get<uint32_t>();
   std::vector<GroupState> states(in.get<uint32_t>());
   std::vector<std::vector<ParamState>> params(states.size());
   for (size_t i = 0; i < states.size(); ++i) {
@@ -179,46 +179,53 @@ void run(Reader& in, std::ostream& out) {
       if (!in.flag()) continue;
       const DeviceMemory& grad = tensor.memory[Tensor::kGrad];
       in.bytes(grad.begin(), grad.bytes());
-      entries.push_back(tensor.entry(groups[tensor.group]));
+      LaunchGroup& group = groups[tensor.group];
+      group.options.master_weights |= tensor.types[Tensor::kMaster] != ElementType::kNone;
+      entries.push_back(tensor.entry(group));
     }
 
     uint32_t norm_launches = 0, launches = 0;
-    const DeviceMemory sum_of_squares(sizeof(double), 0), grad_norm(sizeof(double), 0);
+    const DeviceMemory grad_norm(sizeof(cuda::GradNorm), 0);
+    auto* const norm = reinterpret_cast<cuda::GradNorm*>(grad_norm.begin());
     if (needs_norm) {
       const auto chunks = static_cast<size_t>(count_ranges(entries, kNormChunk));
       const DeviceMemory chunk_sums(chunks * sizeof(double), 8);
-      NormArgs args;
-      args.chunk_sums = reinterpret_cast<double*>(chunk_sums.begin());
-      args.sum_of_squares = reinterpret_cast<double*>(sum_of_squares.begin());
-      args.ticket = &ticket;
-      for_each_norm_launch(args, entries, [&](const NormArgs& filled) {
+      FilledNormLaunch args;
+      const cuda::NormStep of_step = {.tensors = entries,
+                                      .chunk_sums = reinterpret_cast<double*>(chunk_sums.begin()),
+                                      .result = norm,
+                                      .ticket = &ticket,
+                                      .grad_scale = has_grad_scale ? &grad_scale : nullptr,
+                                      .max_grad_norm = max_grad_norm};
+      for_each_norm_launch(args, of_step, [&](const FilledNormLaunch& filled) {
         ++norm_launches;
-        shim::launch(&sum_of_squared_grads_kernel, block_count(filled, multiprocessors), threads, 0,
-                     filled);
+        with_norm_args_type(filled, [&]<class Args>(std::type_identity<Args>) {
+          shim::launch(&grad_norm_kernel<Args>, block_count(filled, threads), threads, 0,
+                       reinterpret_cast<const Args&>(filled));
+        });
       });
     }
-    LaunchArgs args;
+    FilledLaunch args;
     args.grad_scale = has_grad_scale ? &grad_scale : nullptr;
     args.found_inf = has_found_inf ? &found_inf : nullptr;
-    args.sum_of_squares = needs_norm ? reinterpret_cast<double*>(sum_of_squares.begin()) : nullptr;
-    args.grad_norm = needs_norm ? reinterpret_cast<double*>(grad_norm.begin()) : nullptr;
-    args.max_grad_norm = max_grad_norm;
+    args.grad_norm = needs_norm ? norm : nullptr;
     args.skip_nonfinite = skip_nonfinite;
     args.ticket = &ticket;
-    for_each_launch(args, groups, entries, [&](const LaunchArgs& filled) {
+    for_each_launch(args, groups, entries, [&](const FilledLaunch& filled) {
       ++launches;
-      const auto kernel = filled.has_extras ? &fused_step_kernel<true> : &fused_step_kernel<false>;
-      shim::launch(kernel, block_count(filled, multiprocessors), threads, 0, filled);
+      with_args_type(filled, [&]<class Args>(std::type_identity<Args>) {
+        shim::launch(&fused_step_kernel<Args>, filled.block_count(), threads, 0,
+                     reinterpret_cast<const Args&>(filled));
+      });
     });
 
     write(&norm_launches, sizeof norm_launches);
     write(&launches, sizeof launches);
     write(&ticket, sizeof ticket);
     if (needs_norm) {
-      double norm;
-      std::memcpy(&norm, grad_norm.begin(), sizeof norm);
-      if (norm != norm) norm = std::numeric_limits<double>::quiet_NaN();  // there are others
-      write(&norm, sizeof norm);
+      double value = norm->norm;
+      if (value != value) value = std::numeric_limits<double>::quiet_NaN();  // there are others
+      write(&value, sizeof value);
     }
     for (size_t i = 0; i < states.size(); ++i) {
       write(&states[i], sizeof states[i]);

@@ -6,6 +6,17 @@
 // Last, it needs both.
 #include "host_kernel.h"
 
-HOST_KERNEL(sgdr::fused_step_kernel<false>);
-HOST_KERNEL(sgdr::fused_step_kernel<true>);
-HOST_KERNEL(sgdr::sum_of_squared_grads_kernel);
+namespace sgdr {
+
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kNone, kSmallPayload>>));
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kNone, kMediumPayload>>));
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kNone, kLargePayload>>));
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kAverages, kLargePayload>>));
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kRounding, kLargePayload>>));
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kMasters, kLargePayload>>));
+HOST_KERNEL((fused_step_kernel<LaunchArgs<Extras::kAll, kLargePayload>>));
+HOST_KERNEL((grad_norm_kernel<NormArgs<kFewNormTensors>>));
+HOST_KERNEL((grad_norm_kernel<NormArgs<kMoreNormTensors>>));
+HOST_KERNEL((grad_norm_kernel<NormArgs<kMostNormTensors>>));
+
+}  // namespace sgdr

@@ -158,7 +158,6 @@ def with_skipped_steps() -> Case:
             | {"ema_decay": "swa"},
         ],
         clipping=Clipping(2.0, skip_nonfinite=True),
-        multiprocessors=2,
     )  # fmt: skip
     case.step(nonfinite(case, 0, math.inf))
     case.step(case.some_grads(), found_inf=1.0, grad_scale=4.0)

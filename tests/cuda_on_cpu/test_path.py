@@ -165,41 +165,74 @@ log.report(next_lr=view.get_last_lr(), left=log.pending())
     assert (found["next_lr"], found["left"]) == ([0.1], 0)
 
 
-def test_number_of_launches_and_runtime_calls() -> None:
-    found = report(
-        """
+STEPS = """
 import torch, runtime_log as log
 from sgdr_fused import FusedSGDR
 
-# Cheap queries that do not synchronize.
-QUERIES = ("cudaDeviceGetAttribute", "cudaGetDevice", "cudaSetDevice", "cudaStreamIsCapturing",
-           "cudaStreamGetCaptureInfo", "cudaGetLastError", "cudaPeekAtLastError")
-
-def calls(tensors, groups=1, with_gradient=True, **options):
-    params = [torch.nn.Parameter(torch.zeros(3, device="cuda")) for _ in range(tensors)]
+def step(tensors, numel=3, groups=1, with_gradient=True, dtype=torch.float32, **options):
+    params = [torch.nn.Parameter(torch.zeros(numel, device="cuda", dtype=dtype))
+              for _ in range(tensors)]
     for param in params:
-        param.grad = torch.zeros(3, device="cuda") if with_gradient else None
+        param.grad = torch.zeros_like(param) if with_gradient else None
     in_groups = [{"params": params[i::groups]} for i in range(groups)]
     optimizer = FusedSGDR(in_groups, lr=0.1, momentum=0.9, T_0=2, backend="native", **options)
     optimizer.step()
     torch.cuda.synchronize()
     log.clear()
     optimizer.step()
-    ours = log.launches("fused_step")
-    others = [c.name for c in log.calls() if not c.is_launch and not c.name.startswith(QUERIES)]
-    return len(ours), len(log.launches()), others
+    return log.calls()
+"""
+
+
+def test_number_of_launches_and_runtime_calls() -> None:
+    found = report(
+        STEPS
+        + """
+# Cheap queries that do not synchronize.
+QUERIES = ("cudaGetDevice", "cudaSetDevice", "cudaStreamIsCapturing", "cudaStreamGetCaptureInfo",
+           "cudaGetLastError", "cudaPeekAtLastError")
+
+def calls(*arguments, **options):
+    all_calls = step(*arguments, **options)
+    launches = [c for c in all_calls if c.is_launch]
+    ours = [c for c in launches if "fused_step" in c.fields["kernel"]]
+    others = [c.name for c in all_calls if not c.is_launch and not c.name.startswith(QUERIES)]
+    return len(ours), len(launches), others
 
 log.report(one=calls(1), none=calls(3, with_gradient=False), resnet=calls(161),
-           full=calls(640), fuller=calls(641), groups=calls(636, 2), more=calls(2000),
+           full=calls(640), fuller=calls(641), groups=calls(636, groups=2), more=calls(2000),
            averaged=calls(457, ema_decay=0.9), clipped=calls(640, max_grad_norm=1.0),
-           long_norm=calls(1622, max_grad_norm=1.0))
+           rounded=calls(640, dtype=torch.bfloat16, stochastic_rounding=True),
+           long_norm=calls(1621, max_grad_norm=1.0))
 """,
         **options(),
     )
-    for name in ("one", "none", "resnet", "full", "groups", "averaged"):
+    for name in ("one", "none", "resnet", "full", "groups", "averaged", "rounded"):
         assert found[name] == [1, 1, []], name
     assert found["fuller"] == [2, 2, []]
     assert found["more"] == [4, 4, []]
     # The norm, then the step.
     assert found["clipped"] == [1, 2, []]
     assert found["long_norm"] == [3, 5, []]
+
+
+def test_a_launch_takes_few_argument_bytes_and_one_block_a_chunk() -> None:
+    found = report(
+        STEPS
+        + """
+def launches(*arguments, **options):
+    return [[int(c.fields["argument_bytes"]), int(c.fields["grid"].split(",")[0])]
+            for c in step(*arguments, **options) if c.is_launch]
+
+log.report(mlp=launches(6), resnet=launches(161), more=launches(641), chunks=launches(2, 8193),
+           averaged=launches(6, ema_decay=0.9), clipped=launches(6, 4097, max_grad_norm=1.0))
+""",
+        **options(),
+    )
+    assert found["mlp"] == [[1024, 6]]
+    assert found["resnet"] == [[10240, 161]]
+    assert found["more"] == [[25808, 640], [1024, 1]]
+    assert found["chunks"] == [[1024, 6]]
+    assert found["averaged"] == [[25808, 6]]
+    # A warp takes a chunk of the norm, and a block has eight.
+    assert found["clipped"] == [[1024, 2], [1024, 12]]

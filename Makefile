@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 # The packages; the native backend; what the documentation needs more.
 STAMP := $(VENV)/installed
 BUILT := $(VENV)/built
+SOURCES := $(shell find csrc -type f) $(wildcard sgdr_fused/building/*.py)
 DOCS_STAMP := $(VENV)/installed-docs
 SITE := docs/_build/html
 # Without the native backend, which sgdr-fused build compiles.

@@ -1,6 +1,9 @@
 """What the project says about itself is the same everywhere: version, address, licences."""
 
+import os
 import re
+import shutil
+import subprocess
 from email.message import Message
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -162,3 +165,30 @@ def test_page_lists_the_versions_that_are_tested():
     readme = (ROOT / "README.md").read_text()
     for python, torch, _ in rows:
         assert f"torch {torch} (Python {python}" in readme
+
+
+# ------------------------------------------------------------------------------------- the Makefile
+
+
+def test_make_builds_again_when_a_source_has_changed(tmp_path):
+    """It kept the first build, and the tests of the native backend were skipped."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    sources = [tmp_path / name for name in ("csrc/sgdr_math.h", "sgdr_fused/building/recipe.py")]
+    venv = [tmp_path / ".venv" / name for name in ("bin/python", "installed", "built")]
+    project = [tmp_path / name for name in ("setup.py", "pyproject.toml")]
+    for time, path in enumerate([*sources, *project, *venv]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (time, time))
+
+    def is_built():
+        make = ["make", "--question", ".venv/built"]
+        return (
+            subprocess.run(make, cwd=tmp_path, env=os.environ | {"VENV": ".venv"}).returncode == 0
+        )
+
+    assert is_built()
+    for source in sources:
+        os.utime(source, (100, 100))
+        assert not is_built(), source
+        os.utime(source, (0, 0))

@@ -47,7 +47,7 @@ enum class LrSource : uint8_t { kState, kSchedule };
 // A param group in the launches of one step. The pointers are to memory of the GPU.
 struct LaunchGroup {
   GroupOptions options;
-  GroupState* state;
+  GroupMemory* memory;
   ParamState* params;
   uint32_t param_count;  // with and without a gradient
   uint32_t first_param;  // index of its first parameter among those of all groups

@@ -177,7 +177,8 @@ struct GroupMemory {
   GroupState state;
   uint32_t ticket;  // counts the finished blocks of a launch whose first group this is, else 0
   uint32_t unused;
+  GroupState next;  // the state after the step that is running
 };
-static_assert(sizeof(GroupState) == 56 && sizeof(ParamState) == 8 && sizeof(GroupMemory) == 64);
+static_assert(sizeof(GroupState) == 56 && sizeof(ParamState) == 8 && sizeof(GroupMemory) == 120);
 
 }  // namespace sgdr

@@ -24,9 +24,9 @@ __all__ = [
 ]
 
 # The layout of the C++ struct GroupMemory in 64-bit words: the Position, "lr" and "scheduled_lr" as
-# doubles, "skipped_steps" and a word of the kernel's own. One word for each parameter follows, the
-# C++ struct ParamState: a byte for each role, and n_averaged in the upper half.
-_WORDS = 8
+# doubles, "skipped_steps" and eight words of the kernel's own. One word for each parameter follows,
+# the C++ struct ParamState: a byte for each role, and n_averaged in the upper half.
+_WORDS = 15
 _ROLES = ("momentum_buffer", "ema", "master_param")
 
 

@@ -12,7 +12,7 @@ void fused_step(int8_t gpu, const Step& step) {
   args.found_inf = step.found_inf;
   args.grad_norm = step.grad_norm;
   args.skip_nonfinite = step.skip_nonfinite;
-  args.ticket = &reinterpret_cast<GroupMemory*>(step.groups[0].state)->ticket;
+  args.ticket = &step.groups[0].memory->ticket;
   for_each_launch(args, step.groups, step.tensors, [&](const FilledLaunch& filled) {
     with_args_type(filled, [&]<class Args>(std::type_identity<Args>) {
       current.launch(fused_step_kernel<Args>, filled.block_count(), &filled);

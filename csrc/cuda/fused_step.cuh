@@ -20,9 +20,9 @@ __device__ __forceinline__ bool is_skipped(const LaunchHeader& args) {
 // The group's LR, in each thread of the block. Only after an option of the schedule has changed is
 // it computed.
 __device__ __forceinline__ double lr_of(const KernelGroup& group) {
-  if (group.lr_source == LrSource::kState) return group.state->lr;
+  if (group.lr_source == LrSource::kState) return group.memory->state.lr;
   __shared__ double lr;
-  if (threadIdx.x == 0) lr = refreshed_lr(group.options.schedule, *group.state);
+  if (threadIdx.x == 0) lr = refreshed_lr(group.options.schedule, group.memory->state);
   __syncthreads();
   return lr;
 }
@@ -40,7 +40,7 @@ __device__ __forceinline__ UpdateScalars<T> scalars_of(const LaunchHeader& args,
 __device__ __forceinline__ bool averages(const KernelGroup& group) {
   return group.options.averaging == Averaging::kExponential ||
          (group.options.averaging == Averaging::kEqual &&
-          ends_cycle(group.options.schedule, group.state->position));
+          ends_cycle(group.options.schedule, group.memory->state.position));
 }
 
 __device__ __forceinline__ double ema_decay(const KernelGroup& group, const ParamState& param) {
@@ -96,7 +96,8 @@ __device__ __forceinline__ void update_chunk(const Args& args, uint32_t index) {
   }
   alignas(kBytesPerAccess) __shared__ ChunkDraws draws;
   if (types.rounds_param || types.rounds_momentum) {
-    const RandomKey key = {group.options.seed, static_cast<uint32_t>(group.state->position.step),
+    const RandomKey key = {group.options.seed,
+                           static_cast<uint32_t>(group.memory->state.position.step),
                            group.first_param + tensor.param_index};
     draws.fill(key, (int64_t{tensor.piece} * kMaxPieceNumel + begin) / kDrawNumel,
                tensor.numel - begin, types.rounds_param,
@@ -130,6 +131,21 @@ __device__ __forceinline__ void update_chunk(const Args& args, uint32_t index) {
 }
 
 // ----------------------------------------------------------------------------------------------
+// the next state of each group, by a block of its own while the others update: an LR takes a cosine
+// in double, for which the end of the launch would have to wait
+
+template <class Args>
+__device__ __forceinline__ void prepare_states(const Args& args) {
+  for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
+    const KernelGroup& group = args.group(i);
+    if (!group.advances) continue;
+    GroupState next = group.memory->state;
+    advance(group.options.schedule, next);
+    group.memory->next = next;
+  }
+}
+
+// ----------------------------------------------------------------------------------------------
 // the end of a launch, by its last block
 
 // Notes what a parameter's state holds from now on.
@@ -149,11 +165,10 @@ __device__ __forceinline__ void fill_state(const Args& args, uint32_t i) {
   state.ema_is_empty = 0;
 }
 
-__device__ __forceinline__ void advance_group(const KernelGroup& group) {
-  GroupState state = *group.state;
-  advance(group.options.schedule, state);
-  *group.state = state;
-  if (!group.options.reset_momentum || !at_restart(group.options.schedule, state.position)) return;
+__device__ __forceinline__ void publish_state(const KernelGroup& group) {
+  const GroupState next = group.memory->next;
+  group.memory->state = next;
+  if (!group.options.reset_momentum || !at_restart(group.options.schedule, next.position)) return;
   for (uint32_t i = 0; i < group.param_count; ++i) group.params[i].momentum_is_empty = 1;
 }
 
@@ -162,7 +177,7 @@ __device__ __forceinline__ void finish_step(const Args& args) {
   for (uint32_t i = threadIdx.x; i < args.tensor_count; i += blockDim.x) fill_state(args, i);
   __syncthreads();  // a restart may empty the momentum again
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
-    if (args.group(i).advances) advance_group(args.group(i));
+    if (args.group(i).advances) publish_state(args.group(i));
   }
 }
 
@@ -173,11 +188,10 @@ __device__ __forceinline__ void skip_step(const Args& args) {
   if (blockIdx.x != 0) return;
   for (uint32_t i = threadIdx.x; i < args.group_count; i += blockDim.x) {
     const KernelGroup& group = args.group(i);
-    if (group.lr_source == LrSource::kSchedule && group.state->lr == group.state->scheduled_lr) {
-      group.state->lr = group.state->scheduled_lr =
-          learning_rate(group.options.schedule, group.state->position);
-    }
-    if (group.advances) ++group.state->skipped_steps;
+    GroupState& state = group.memory->state;
+    if (group.lr_source == LrSource::kSchedule && state.lr == state.scheduled_lr)
+      state.lr = state.scheduled_lr = learning_rate(group.options.schedule, state.position);
+    if (group.advances) ++state.skipped_steps;
   }
 }
 
@@ -190,8 +204,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock, blocks_per_multiprocessor(Ar
     cuda::skip_step(args);
     return;
   }
-  // A block takes one chunk; a step without elements has none.
-  if (blockIdx.x < args.chunk_count) cuda::update_chunk(args, blockIdx.x);
+  if (blockIdx.x == 0)
+    cuda::prepare_states(args);
+  else
+    cuda::update_chunk(args, blockIdx.x - 1);
   if (cuda::is_last_block(args.ticket)) cuda::finish_step(args);
 }
 

@@ -147,8 +147,8 @@ struct FilledLaunch : LaunchHeader {
   size_t payload_bytes() const {
     return group_count * sizeof(KernelGroup) + tensor_count * tensor_bytes(extras);
   }
-  // At least one block, which advances the schedule.
-  uint32_t block_count() const { return std::max(chunk_count, 1u); }
+  // One block for each chunk, and one for the schedule.
+  uint32_t block_count() const { return chunk_count + 1; }
 };
 
 // Calls f(std::type_identity<Args>) with the type of LaunchArgs that the kernel takes.

@@ -63,14 +63,13 @@ at::Tensor grad_norm_on_gpu(const DeviceStep& step, const Clipping& clipping,
   const auto norm_of = [&](std::span<const TensorEntry> entries, const at::Tensor& sums,
                            int64_t sum_count) {
     const at::Tensor result = at::empty({sizeof(cuda::GradNorm) / sizeof(double)}, options);
-    auto* const group = reinterpret_cast<GroupMemory*>(step.launch_groups[0].state);
     constexpr double kNoLimit = std::numeric_limits<double>::infinity();
     cuda::grad_norm(
         step.device.index(),
         {.tensors = entries,
          .chunk_sums = sums.mutable_data_ptr<double>(),
          .result = static_cast<cuda::GradNorm*>(result.mutable_data_ptr()),
-         .ticket = &group->ticket,
+         .ticket = &step.launch_groups[0].memory->ticket,
          .grad_scale =
              step.grad_scale.defined() ? step.grad_scale.const_data_ptr<float>() : nullptr,
          .max_grad_norm = clipping.max_grad_norm.value_or(kNoLimit),

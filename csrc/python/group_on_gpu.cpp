@@ -32,7 +32,7 @@ LaunchGroup GroupOnGpu::launch_group(const GroupOptions& options, uint32_t first
                                      bool advances) const {
   auto* const memory = static_cast<GroupMemory*>(memory_.mutable_data_ptr());
   return {.options = options,
-          .state = &memory->state,
+          .memory = memory,
           .params = reinterpret_cast<ParamState*>(memory + 1),
           .param_count = static_cast<uint32_t>(params_.size()),
           .first_param = first_param,

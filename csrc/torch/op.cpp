@@ -98,7 +98,7 @@ void step_on_cpu(std::vector<TensorEntry>& entries, const GroupView& group,
 void step_on_gpu(const std::vector<TensorEntry>& entries, const GroupView& view,
                  const GroupOptions& options, const Amp& amp, c10::Device device) {
   const LaunchGroup group{.options = options,
-                          .state = &view.memory->state,
+                          .memory = view.memory,
                           .params = view.params,
                           .param_count = static_cast<uint32_t>(view.param_count),
                           .first_param = 0,

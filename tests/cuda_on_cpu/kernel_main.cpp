@@ -141,10 +141,10 @@ void run(Reader& in, std::ostream& out) {
   };
   shim::config.seed = in.get<uint32_t>();
   const auto threads = in.get<uint32_t>();
-  std::vector<GroupState> states(in.get<uint32_t>());
-  std::vector<std::vector<ParamState>> params(states.size());
-  for (size_t i = 0; i < states.size(); ++i) {
-    in.bytes(&states[i], sizeof states[i]);
+  std::vector<GroupMemory> memories(in.get<uint32_t>());
+  std::vector<std::vector<ParamState>> params(memories.size());
+  for (size_t i = 0; i < memories.size(); ++i) {
+    in.bytes(&memories[i].state, sizeof(GroupState));
     params[i].resize(in.get<uint32_t>());
     in.bytes(params[i].data(), params[i].size() * sizeof(ParamState));
   }
@@ -164,15 +164,15 @@ void run(Reader& in, std::ostream& out) {
     const bool skip_nonfinite = in.flag();
     std::vector<LaunchGroup> groups;
     uint32_t first_param = 0;
-    for (size_t i = 0; i < states.size(); ++i) {
+    for (size_t i = 0; i < memories.size(); ++i) {
       groups.push_back(read_group(in));
-      groups[i].state = &states[i];
+      groups[i].memory = &memories[i];
       groups[i].params = params[i].data();
       groups[i].param_count = static_cast<uint32_t>(params[i].size());
       groups[i].first_param = first_param;
       groups[i].advances = true;
       first_param += groups[i].param_count;
-      if (const bool is_set = in.flag(); is_set) states[i].lr = in.get<double>();
+      if (const bool is_set = in.flag(); is_set) memories[i].state.lr = in.get<double>();
     }
     std::vector<TensorEntry> entries;
     for (const Tensor& tensor : tensors) {
@@ -227,8 +227,8 @@ void run(Reader& in, std::ostream& out) {
       if (value != value) value = std::numeric_limits<double>::quiet_NaN();  // there are others
       write(&value, sizeof value);
     }
-    for (size_t i = 0; i < states.size(); ++i) {
-      write(&states[i], sizeof states[i]);
+    for (size_t i = 0; i < memories.size(); ++i) {
+      write(&memories[i].state, sizeof(GroupState));
       write(params[i].data(), params[i].size() * sizeof(ParamState));
     }
     for (const Tensor& tensor : tensors) {

@@ -394,9 +394,7 @@ MUTANTS = {
         f"{MISALIGNED}|{PARAM}",
     ),
     "wrong_tensor": Mutant("first_chunk <= chunk", "first_chunk + BUG <= chunk", OVERRUN),
-    "chunk_left_out": Mutant(
-        "blockIdx.x < args.chunk_count)", "blockIdx.x + BUG < args.chunk_count)", PARAM
-    ),
+    "chunk_left_out": Mutant("if (blockIdx.x == 0)\n", "if (blockIdx.x <= BUG)\n", PARAM),
     "payload_too_small": Mutant(
         "needed <= kSmallPayload)", "needed <= kSmallPayload + 500 * BUG)", f"overflow|SEGV|{PARAM}"
     ),
@@ -474,6 +472,15 @@ MUTANTS = {
     "every_launch_advances": Mutant(
         "if (args.group(i).advances)", "if (args.group(i).advances || BUG)", POSITION
     ),
+    "next_state_not_prepared": Mutant(
+        "if (!group.advances) continue;", "if (BUG || !group.advances) continue;", POSITION
+    ),
+    "next_state_published_at_once": Mutant(
+        "group.memory->next = next;",
+        "(BUG ? group.memory->state : group.memory->next) = next;",
+        RACE,
+        THREAD,
+    ),
     "no_ticket": Mutant(
         "is_last = atomicInc(ticket,",
         "is_last = BUG ? blockIdx.x == gridDim.x - 1 : atomicInc(ticket,",
@@ -504,8 +511,8 @@ MUTANTS = {
         THREAD,
     ),
     "no_barrier_after_the_lr": Mutant(
-        "*group.state);\n  __syncthreads();",
-        "*group.state);\n  if (!BUG) __syncthreads();",
+        "group.memory->state);\n  __syncthreads();",
+        "group.memory->state);\n  if (!BUG) __syncthreads();",
         RACE,
         THREAD,
     ),
@@ -535,8 +542,8 @@ MUTANTS = {
         history="extras",
     ),
     "skipped_step_counted_by_every_launch": Mutant(
-        "if (group.advances) ++group",
-        "if (BUG || group.advances) ++group",
+        "if (group.advances) ++state",
+        "if (BUG || group.advances) ++state",
         "number of skipped",
         history="extras",
     ),
@@ -573,8 +580,8 @@ MUTANTS = {
         history="extras",
     ),
     "averaged_amid_a_cycle": Mutant(
-        "ends_cycle(group.options.schedule, group.state->position));",
-        "(BUG || ends_cycle(group.options.schedule, group.state->position)));",
+        "ends_cycle(group.options.schedule, group.memory->state.position));",
+        "(BUG || ends_cycle(group.options.schedule, group.memory->state.position)));",
         STATE,
         history="extras",
     ),
@@ -589,8 +596,8 @@ MUTANTS = {
         "int64_t{tensor.piece}", "int64_t{BUG ? 0 : tensor.piece}", PARAM, history="extras"
     ),
     "draws_of_the_first_step": Mutant(
-        "static_cast<uint32_t>(group.state->position.step)",
-        "BUG ? 0 : static_cast<uint32_t>(group.state->position.step)",
+        "static_cast<uint32_t>(group.memory->state.position.step)",
+        "BUG ? 0 : static_cast<uint32_t>(group.memory->state.position.step)",
         PARAM,
         history="extras",
     ),

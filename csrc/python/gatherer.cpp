@@ -32,8 +32,9 @@ bool Gatherer::add(size_t index, ParamAndState& found) {
   if (param.layout() != at::kStrided) return false;
 
   ParamTensors tensors = {.param = &param, .grad = &grad};
-  TensorEntry entry = {.group = group_index_,
-                       .param_index = group_.first_param + static_cast<uint32_t>(index)};
+  TensorEntry& entry = target_.entries.emplace_back();
+  entry.group = group_index_;
+  entry.param_index = group_.first_param + static_cast<uint32_t>(index);
   const bool is_half = element_size(element_type(param)) == 2;
   const bool has_master = options.master_weights && is_half;
   if (options.has_momentum()) {
@@ -67,9 +68,8 @@ bool Gatherer::add(size_t index, ParamAndState& found) {
   if (shard_axes_ != nullptr && is_subclass(param)) {
     py::object axes = (*shard_axes_)(py::handle(found.param));
     if (!axes.is_none())
-      add_to_part(target_.sharded_parts, std::move(axes), target_.entries.size());
+      add_to_part(target_.sharded_parts, std::move(axes), target_.entries.size() - 1);
   }
-  target_.entries.push_back(entry);
   return true;
 }
 

@@ -8,18 +8,31 @@
 #include "internals.h"
 
 namespace sgdr {
-namespace {
 
-// Whether both have the same elements in the same order of memory, without gaps.
-SGDR_INLINE bool has_layout_of(const at::Tensor& tensor, const at::Tensor& other) {
-  const at::IntArrayRef sizes = tensor.sizes(), other_sizes = other.sizes();
-  if (sizes.size() != other_sizes.size()) return false;
-  for (size_t i = 0; i < sizes.size(); ++i) {  // equals() takes longer for so few
-    if (sizes[i] != other_sizes[i]) return false;
+// How a tensor's elements lie in memory.
+class Layout {
+ public:
+  SGDR_INLINE explicit Layout(const at::Tensor& tensor)
+      : tensor_(tensor), sizes_(tensor.sizes()), is_contiguous_(tensor.is_contiguous()) {}
+
+  // Whether another tensor has the same elements in the same order, both without gaps.
+  SGDR_INLINE bool is_of(const at::Tensor& other) const {
+    const at::IntArrayRef sizes = other.sizes();
+    if (sizes.size() != sizes_.size()) return false;
+    for (size_t i = 0; i < sizes.size(); ++i) {  // equals() takes longer for so few
+      if (sizes[i] != sizes_[i]) return false;
+    }
+    if (is_contiguous_) return other.is_contiguous();
+    return tensor_.is_non_overlapping_and_dense() && other.strides().equals(tensor_.strides());
   }
-  if (other.is_contiguous()) return tensor.is_contiguous();
-  return other.is_non_overlapping_and_dense() && tensor.strides().equals(other.strides());
-}
+
+ private:
+  const at::Tensor& tensor_;
+  at::IntArrayRef sizes_;
+  bool is_contiguous_;
+};
+
+namespace {
 
 // Whether writing one of the tensors changes another. Only a gradient may be the parameter itself,
 // or the low-precision one where the parameter is its master.
@@ -111,11 +124,12 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
       (low_precision != nullptr && entry.param_type != ElementType::kFloat))
     return false;
 
+  if (!is_plain(param)) return false;
+  const Layout layout(param);
   const auto fits = [&](const at::Tensor* tensor) __attribute__((always_inline)) {
-    return tensor == nullptr || (is_plain(*tensor) && has_layout_of(*tensor, param));
+    return tensor == nullptr || (is_plain(*tensor) && layout.is_of(*tensor));
   };
-  if (!is_plain(param) || !fits(&grad) || !fits(buffer) || !fits(ema) || !fits(low_precision))
-    return false;
+  if (!fits(&grad) || !fits(buffer) || !fits(ema) || !fits(low_precision)) return false;
 
   entry.param = address_of(param);
   entry.grad = grad.const_data_ptr();
@@ -209,7 +223,7 @@ const at::Tensor* Flattener::to_plain(const at::Tensor& tensor, const at::Tensor
 const at::Tensor* Flattener::to_layout_of(const at::Tensor& tensor, const at::Tensor& other,
                                           bool is_written) {
   if (!tensor.sizes().equals(other.sizes())) return nullptr;
-  if (has_layout_of(tensor, other)) return &tensor;
+  if (Layout(other).is_of(tensor)) return &tensor;
   for (const Copy& before : copies_) {
     if (is_written && tensor.numel() != 0 && before.original->data_ptr() == tensor.data_ptr())
       return nullptr;

@@ -53,6 +53,7 @@ def instructions(tmp_path: Path) -> list[int]:
         "--tool=callgrind",
         f"--callgrind-out-file={tmp_path}/out",
         "--toggle-collect=sgdr::Stepper::step(*",
+        "--toggle-collect=cudaLaunchKernel",  # called in there: not counted
     ]
     ran = run(SCRIPT, counter, under=valgrind, **options(timeout=1200))
     assert ran.returncode == 0, ran.stderr

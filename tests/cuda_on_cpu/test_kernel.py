@@ -460,6 +460,7 @@ MUTANTS = {
     "schedule_advanced_on_found_inf": Mutant(
         "cuda::skip_step(args);\n",
         "cuda::skip_step(args);\n"
+        "    if (BUG && blockIdx.x == 0) cuda::prepare_states(args);\n"
         "    if (BUG && cuda::is_last_block(args.ticket)) cuda::finish_step(args);\n",
         POSITION,
     ),

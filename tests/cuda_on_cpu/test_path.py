@@ -229,10 +229,11 @@ log.report(mlp=launches(6), resnet=launches(161), more=launches(641), chunks=lau
 """,
         **options(),
     )
-    assert found["mlp"] == [[1024, 6]]
-    assert found["resnet"] == [[10240, 161]]
-    assert found["more"] == [[25808, 640], [1024, 1]]
-    assert found["chunks"] == [[1024, 6]]
-    assert found["averaged"] == [[25808, 6]]
+    # One block more computes the next LR.
+    assert found["mlp"] == [[1024, 6 + 1]]
+    assert found["resnet"] == [[10240, 161 + 1]]
+    assert found["more"] == [[25808, 640 + 1], [1024, 1 + 1]]
+    assert found["chunks"] == [[1024, 6 + 1]]
+    assert found["averaged"] == [[25808, 6 + 1]]
     # A warp takes a chunk of the norm, and a block has eight.
-    assert found["clipped"] == [[1024, 2], [1024, 12]]
+    assert found["clipped"] == [[1024, 2], [1024, 12 + 1]]

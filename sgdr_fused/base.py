@@ -104,7 +104,7 @@ class SteppedOptimizer(Optimizer):
         """
         # It is "compiler.", because torch.compile skips a method that names no module of torch's,
         # and then traces the ones that it calls.
-        if compiler.is_compiling():
+        if compiler.is_dynamo_compiling():
             return None if self._step_in_graph(closure) else self._step_out_of_graph(closure)
         if not self.state:
             if call := CheckpointCall.for_new_state(self.param_groups):

@@ -227,6 +227,28 @@ def h100_graphs() -> str:
     return table(header, rows) + measured_on(read, "gpu")
 
 
+def machine_code() -> str:
+    """What the compiler makes of the kernels, for an H100."""
+    registers_of_a_multiprocessor, threads_of_a_block = 65536, 256
+
+    def row(kernel: dict[str, Any]) -> Row:
+        # They are given out by eight.
+        registers = -(-kernel["registers"] // 8) * 8
+        blocks = registers_of_a_multiprocessor // (threads_of_a_block * registers)
+        per_element = [
+            f"{kernel[f'{dtype}_instructions_per_element']:.4g}"
+            if f"{dtype}_instructions_per_element" in kernel
+            else ""
+            for dtype in ("float32", "bfloat16")
+        ]
+        return [kernel["kernel"], str(kernel["registers"]), str(blocks), *per_element]
+
+    kernels: list[dict[str, Any]] = json.loads((RESULTS / "machine_code.json").read_text())
+    header = ["kernel", "registers", "blocks on a multiprocessor", "float32", "bfloat16"]
+    rows = [row(kernel) for kernel in kernels if kernel["architecture"] == "sm_90"]
+    return table(header, rows) + "\n`python -m benchmarks.machine_code`.\n"
+
+
 def gpu_training() -> str:
     """Whole trainings on a GPU."""
     return _training("gpu_training_h100")
@@ -447,7 +469,7 @@ def paper() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
-        h100, h100_steps, h100_kernels, h100_graphs, gpu_training, cpu, cpu_cold, cpu_hot,
+        h100, h100_steps, h100_kernels, h100_graphs, machine_code, gpu_training, cpu, cpu_cold, cpu_hot,
         cpu_spread, left_out, memory_floor, one_pass, each_option, small_tensors, scaling, training,
         backward_memory, bfloat16, paper,
     )

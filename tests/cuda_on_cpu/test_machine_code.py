@@ -24,7 +24,7 @@ LOOPS_OF_A_TYPE = 2 * 3
 # multiprocessor's 65536 registers.
 TYPES_AND_BLOCKS = {
     "step": (6, 4),
-    "step with averages": (6, 3),
+    "step with averages": (6, 2),
     "step with rounding": (6, 3),
     "step with master weights": (3, 3),
     "step with all of these": (6, 2),

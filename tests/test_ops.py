@@ -27,7 +27,7 @@ def arguments(sizes=(3, 70), dtype=torch.float32, momentum=0.9, **options):
         if momentum
         else (*([draw(s, dtype, generator) for s in sizes] for _ in range(2)), [])
     )
-    state = torch.zeros(7 + len(sizes) + 1, dtype=torch.int64)
+    state = torch.zeros(15 + len(sizes), dtype=torch.int64)
     state[3] = 2  # T_i
     state.view(torch.float64)[4] = 0.1
     options = {"momentum": momentum, "eta_max": 0.1, "T_0": 2} | options

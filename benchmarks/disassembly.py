@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 __all__ = [
@@ -89,10 +90,10 @@ class Loop:
         return len(self.opcodes)
 
     @property
-    def loads_first(self) -> bool:
-        """Whether each load from global memory comes before each store."""
+    def loads_at_once(self) -> list[int]:
+        """Numbers of loads from global memory without a store between them, in order."""
         accesses = [o[:3] for o in self.opcodes if o.startswith(("LDG", "STG"))]
-        return accesses == sorted(accesses)
+        return [len(list(run)) for kind, run in groupby(accesses) if kind == "LDG"]
 
     @property
     def vector_accesses(self) -> int:

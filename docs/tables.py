@@ -469,9 +469,9 @@ def paper() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
-        h100, h100_steps, h100_kernels, h100_graphs, machine_code, gpu_training, cpu, cpu_cold, cpu_hot,
-        cpu_spread, left_out, memory_floor, one_pass, each_option, small_tensors, scaling, training,
-        backward_memory, bfloat16, paper,
+        h100, h100_steps, h100_kernels, h100_graphs, machine_code, gpu_training, cpu, cpu_cold,
+        cpu_hot, cpu_spread, left_out, memory_floor, one_pass, each_option, small_tensors, scaling,
+        training, backward_memory, bfloat16, paper,
     )
 }  # fmt: skip
 

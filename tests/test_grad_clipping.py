@@ -212,6 +212,23 @@ def test_step_with_a_nonfinite_gradient_changes_nothing(backend, bad, first_good
     assert not math.isfinite(float(optimizer.grad_norm))
 
 
+@pytest.mark.parametrize("grad", [1.0, 0.0])
+@pytest.mark.parametrize("grad_scale", [0.0, math.nan])
+def test_step_with_a_scale_that_makes_finite_gradients_nonfinite_is_skipped(
+    backend, grad, grad_scale
+):
+    """The reference raised ZeroDivisionError, and a GPU took the step."""
+    params = make_params([4])
+    optimizer = FusedSGDR(params, **OPTIONS, skip_nonfinite=True, backend=backend)
+    params[0].grad = torch.full((4,), grad)
+    before = snapshot(optimizer, params)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(grad_scale), torch.tensor(0.0)
+    optimizer.step()
+    assert_unchanged(before, optimizer, params)
+    assert optimizer.skipped_steps == 1
+    assert math.isinf(float(optimizer.grad_norm)) == (grad == 1 and grad_scale == 0)
+
+
 def test_skipped_steps_leave_no_trace(backend):
     clean, hit = make_params([10, 300]), make_params([10, 300])
     options = OPTIONS | {"ema_decay": "swa", "backend": backend}

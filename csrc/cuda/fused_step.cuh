@@ -11,7 +11,7 @@ namespace cuda {
 
 __device__ __forceinline__ bool is_skipped(const LaunchHeader& args) {
   if (args.found_inf != nullptr && *args.found_inf != 0) return true;
-  return args.skip_nonfinite && !is_finite(args.grad_norm->sum_of_squares);
+  return args.skip_nonfinite && !is_finite(args.grad_norm->norm);
 }
 
 // ----------------------------------------------------------------------------------------------

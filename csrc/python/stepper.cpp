@@ -307,12 +307,13 @@ void Stepper::run_on_gpu(const DeviceStep& step, const py::object& found_inf) {
   const c10::DeviceGuard guard(step.device);
   const at::Tensor inf = float_on(found_inf, step.device);
   const void* const norm = step.grad_norm.defined() ? step.grad_norm.const_data_ptr() : nullptr;
-  cuda::fused_step(step.device.index(), {.tensors = step.entries,
-                                         .groups = step.launch_groups,
-                                         .grad_scale = address_or_null<float>(step.grad_scale),
-                                         .found_inf = address_or_null<float>(inf),
-                                         .grad_norm = static_cast<const cuda::GradNorm*>(norm),
-                                         .skip_nonfinite = clipping_.skip_nonfinite});
+  cuda::fused_step(step.device.index(),
+                   {.tensors = step.entries,
+                    .groups = step.launch_groups,
+                    .grad_scale = address_or_null<float>(step.grad_scale),
+                    .found_inf = address_or_null<float>(inf),
+                    .grad_norm = static_cast<const cuda::GradNorm*>(norm),
+                    .skip_nonfinite = norm != nullptr && clipping_.skip_nonfinite});
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -52,7 +52,10 @@ def norm_of(sums: Sequence[Tensor], grad_scale: float) -> float:
         grad_scale: The factor that the gradients were multiplied by.
     """
     total = sum(float(part) for part in sums)
-    return math.sqrt(total) / abs(grad_scale) if total == total else math.nan
+    if total != total or total == grad_scale == 0:
+        return math.nan
+    # Python refuses to divide by 0.
+    return math.sqrt(total) / abs(grad_scale) if grad_scale != 0 else math.inf
 
 
 def _sums_of_chunks(values: Tensor) -> Tensor:

@@ -176,6 +176,17 @@ def test_nonfinite_gradients_are_skipped_or_not(program, tmp_path, bad) -> None:
     assert case.difference(program, tmp_path) == ""
 
 
+@pytest.mark.parametrize("grad_scale", [0.0, float("nan"), float("inf")])
+def test_finite_gradients_of_a_wrong_scale_are_skipped(program, tmp_path, grad_scale) -> None:
+    """It went by the sum of their squares before the division."""
+    case = Case([{"params": params((5, 300)), "momentum": 0.9}])
+    case.clipping = Clipping(skip_nonfinite=True)
+    case.steps(1)
+    case.steps(1, grad_scale=grad_scale)
+    case.steps(1)
+    assert case.difference(program, tmp_path) == ""
+
+
 # ----------------------------------------------------------------------- first steps, skipped steps
 
 

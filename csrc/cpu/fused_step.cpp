@@ -63,6 +63,8 @@ class Operand {
 
   T* load(int64_t begin, int64_t numel) {
     if (memory_ == nullptr) return nullptr;
+    const char* const next = at(begin + kBlockNumel);
+    prefetch_elements(next, at(begin + 2 * kBlockNumel) - next);
     if (!is_direct()) find_load_loop<InstructionSet, T>(type_)(at(begin), block_, numel);
     return block(begin);
   }

@@ -13,62 +13,26 @@
 
 namespace sgdr::cpu {
 
-// Long loops go strip by strip, and each strip prefetches memory that is needed a little later: the
-// processor's own prefetcher leaves a fifth of the memory's bandwidth unused. The memory behind the
-// end most likely belongs to the next range.
-constexpr int64_t kStrip = 64;
-constexpr int64_t kAheadOfStrip = 512;
-constexpr int64_t kLong = 1024;
-
-template <class T>
-SGDR_INLINE void prefetch_for_strip(const T* strip) {
-  const char* const begin = reinterpret_cast<const char*>(strip + kAheadOfStrip);
-  for (int64_t byte = 0; byte < kStrip * static_cast<int64_t>(sizeof(T)); byte += 64)
-    __builtin_prefetch(begin + byte, 1);
-}
-
-// Calls body(i) for all i < numel, and in a long loop prefetch(i) for each strip. No body reads
-// what another body writes.
-template <class Prefetch, class Body>
-SGDR_INLINE void for_each_element(int64_t numel, Prefetch prefetch, Body body) {
-  int64_t done = 0;
-  if (numel >= kLong) {
-    for (; done + kStrip <= numel; done += kStrip) {
-      prefetch(done);
-#pragma GCC ivdep
-      for (int64_t i = done; i < done + kStrip; ++i) body(i);
-    }
-  }
-#pragma GCC ivdep
-  for (int64_t i = done; i < numel; ++i) body(i);
-}
-
 template <class Options, class T>
 SGDR_INLINE void update_elements(T* __restrict__ param, const T* __restrict__ grad,
                                  T* __restrict__ momentum_buffer, int64_t numel,
                                  UpdateScalars<T> scalars) {
   constexpr bool kHasMomentum = Options::direction != Direction::kGrad;
-  const auto prefetch = [=](int64_t i) __attribute__((always_inline)) {
-    prefetch_for_strip(param + i);
-    prefetch_for_strip(grad + i);
-    if constexpr (kHasMomentum) prefetch_for_strip(momentum_buffer + i);
-  };
-  for_each_element(numel, prefetch, [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < numel; ++i) {
     T unused = 0;
     if constexpr (kHasMomentum)
       sgd_update<Options>(param[i], grad[i], momentum_buffer[i], scalars);
     else
       sgd_update<Options>(param[i], grad[i], unused, scalars);
-  });
+  }
 }
 
 template <class T>
 SGDR_INLINE void update_ema_elements(T* __restrict__ ema, const T* __restrict__ param,
                                      int64_t numel, EmaScalars<T> scalars) {
-  for_each_element(
-      numel, [=](int64_t i) __attribute__((always_inline)) { prefetch_for_strip(ema + i); },
-      [&](int64_t i)
-          __attribute__((always_inline)) { ema[i] = ema_update(ema[i], param[i], scalars); });
+#pragma GCC ivdep
+  for (int64_t i = 0; i < numel; ++i) ema[i] = ema_update(ema[i], param[i], scalars);
 }
 
 template <class From, class To>
@@ -129,6 +93,16 @@ SGDR_INLINE void round_elements(const T* __restrict__ from, uint16_t* __restrict
   }
 }
 
+// Prefetches `numel` elements. A loop that does much besides loading and storing needs it; for
+// plain loops the processor's own prefetcher does better. Nothing is wrong with addresses behind
+// the end.
+template <class T>
+SGDR_INLINE void prefetch_elements(const T* elements, int64_t numel) {
+  const auto* const begin = reinterpret_cast<const char*>(elements);
+  for (int64_t byte = 0; byte < numel * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(begin + byte);
+}
+
 // The only mixture of types with a loop of its own: float32 with a momentum buffer in bfloat16. By
 // blocks it would take 1.5 times as long. Each draw is made while the strip before is updated, so
 // that neither waits for the other.
@@ -157,9 +131,10 @@ SGDR_INLINE void update_elements_rounding(float* __restrict__ param, const float
       for (int64_t i = 0; i < left; ++i) update(i);
       return;
     }
-    prefetch_for_strip(p);
-    prefetch_for_strip(g);
-    prefetch_for_strip(m);
+    constexpr int64_t kAhead = 512;
+    prefetch_elements(p + kAhead, kDrawNumel);
+    prefetch_elements(g + kAhead, kDrawNumel);
+    prefetch_elements(m + kAhead, kDrawNumel);
 #pragma GCC ivdep
     for (int64_t i = 0; i < kDrawNumel; ++i) update(i);
   }

@@ -13,10 +13,6 @@ SGDR_INLINE void add_squares(double* __restrict__ lanes, const Stored* __restric
                              int64_t numel) {
   int64_t row = 0;
   for (; row + kNormLanes <= numel; row += kNormLanes) {
-    if (numel >= kLong) {
-      for (int64_t strip = 0; strip < kNormLanes; strip += kStrip)
-        prefetch_for_strip(values + row + strip);
-    }
     for (int64_t lane = 0; lane < kNormLanes; ++lane)
       lanes[lane] += square(static_cast<double>(values[row + lane]));
   }

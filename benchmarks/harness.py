@@ -17,6 +17,7 @@ import gc
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ BUSY_LOAD = 0.3
 # A case that is out of time has at least this many rounds.
 LEAST_ROUNDS = 7
 COLD_CALLS_PER_ROUND = 2
+RESULTS = Path(__file__).parent / "results"
+QUICK_RESULTS = Path(tempfile.gettempdir()) / "sgdr_fused_quick_benchmarks"
 # So few that they do not fill a GPU's launch queue, for which the host would wait.
 CALLS_PER_BURST_ON_GPU = 20
 
@@ -115,8 +118,14 @@ def parse_settings(
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, help="timings of each candidate (default 30)")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, 3 rounds")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, 3 rounds: numbers that mean nothing"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results (default: benchmarks/results; with --quick a temporary one)",
+    )
     if can_draw:
         parser.add_argument(
             "--draw", type=Path, metavar="JSON", help="draw an earlier run's results"
@@ -131,7 +140,7 @@ def parse_settings(
         print(f"Other processes use {load:.1f} cores: multi-threaded steps will look slow.")
     return Settings(
         rounds=rounds,
-        out=arguments.out,
+        out=arguments.out or (QUICK_RESULTS if arguments.quick else RESULTS),
         burst_seconds=0.001 if arguments.quick else 0.02,
         quick=arguments.quick,
         load_before=round(load, 2),

@@ -148,7 +148,11 @@ def test_steps_benchmark_times_every_form_of_the_pair_and_fills_the_pages(tmp_pa
             assert tables["time"](ours[caches]["median_us"]) in text, make
         assert case["title"] in text
     assert "not installed | everywhere" in tables["left_out"]()
-    assert tables["cpu_spread"]().count("pair, ") == 4
+    assert tables["cpu_spread"]().count("pair, ") == 2 * 4  # cold and hot
+    slow = next(e for e in resnet["candidates"] if e["name"] == "SGD(foreach=True) + scheduler")
+    slow["cold"] |= {"ratio": 0.5, "ratio_interval": [0.4, 0.6]}
+    (tmp_path / "cpu.json").write_text(json.dumps(results))
+    assert f"{resnet['title']}, cold: pair, foreach takes 0.50 of" in tables["pair_wins"]()
 
 
 @pytest.mark.usefixtures("small_buffers")

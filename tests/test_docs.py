@@ -87,6 +87,7 @@ def test_example_in_the_docstring_runs(documented, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PROSE, ids=by_name)
 def test_links_are_well_formed_and_files_exist(page):
     """Anchors are checked when the site is built; web addresses are not visited."""
+    assert "[](" not in page.read_text()  # shows nothing but on the site
     for link in pages.links(page):
         parts = urlsplit(link)
         if parts.scheme:

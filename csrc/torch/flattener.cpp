@@ -95,7 +95,8 @@ SGDR_INLINE void Flattener::prefetch_ahead() const {
   for (const MetadataHint& hint : hints_[flattened_.size() + kParamsAhead]) hint.prefetch();
 }
 
-bool Flattener::flatten(const ParamTensors& tensors, TensorEntry& entry) {
+// Inlines torch's many small functions, which take a quarter of the instructions.
+[[gnu::flatten]] bool Flattener::flatten(const ParamTensors& tensors, TensorEntry& entry) {
   prefetch_ahead();
   return flatten_plain(tensors, entry) || flatten_unusual(tensors, entry);
 }
@@ -132,7 +133,7 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
   if (!fits(&grad) || !fits(buffer) || !fits(ema) || !fits(low_precision)) return false;
 
   entry.param = address_of(param);
-  entry.grad = grad.const_data_ptr();
+  entry.grad = const_address_of(grad);
   if (buffer != nullptr) entry.momentum_buffer = address_of(*buffer);
   if (ema != nullptr) entry.ema = address_of(*ema);
   if (low_precision != nullptr) entry.low_precision_param = address_of(*low_precision);
@@ -148,7 +149,7 @@ SGDR_INLINE bool Flattener::flatten_plain(const ParamTensors& tensors, TensorEnt
   return true;
 }
 
-bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
+[[gnu::noinline]] bool Flattener::flatten_unusual(ParamTensors tensors, TensorEntry& entry) {
   own(tensors);
   for (const at::Tensor* tensor : {tensors.param, tensors.grad, tensors.momentum_buffer,
                                    tensors.ema, tensors.low_precision_param}) {

@@ -26,15 +26,22 @@ SGDR_INLINE void bump_version(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// The address of a plain tensor's elements, as Tensor::mutable_data_ptr() gives it. That also
-// checks what a plain tensor has. tests/test_layouts.py
+SGDR_INLINE at::StorageImpl& storage_of(const at::Tensor& tensor) {
+  return *tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
+
+// The address of a plain tensor's elements, as Tensor::mutable_data_ptr() and const_data_ptr() give
+// it. They also check what a plain tensor has. tests/test_layouts.py
 SGDR_INLINE void* address_of(const at::Tensor& tensor) {
-  const at::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
-  auto* const memory =
-      static_cast<char*>(impl->unsafe_storage().unsafeGetStorageImpl()->mutable_data());
-  return tensor.numel() == 0
-             ? nullptr
-             : memory + impl->storage_offset() * static_cast<int64_t>(impl->itemsize());
+  const auto offset = static_cast<size_t>(tensor.storage_offset()) * tensor.itemsize();
+  auto* const memory = static_cast<char*>(storage_of(tensor).mutable_data());
+  return tensor.numel() == 0 ? nullptr : memory + offset;
+}
+
+SGDR_INLINE const void* const_address_of(const at::Tensor& tensor) {
+  const auto offset = static_cast<size_t>(tensor.storage_offset()) * tensor.itemsize();
+  const auto* const memory = static_cast<const char*>(storage_of(tensor).data());
+  return tensor.numel() == 0 ? nullptr : memory + offset;
 }
 
 // Addresses of a tensor's metadata that an earlier step has read. They are only prefetched, never
@@ -43,8 +50,7 @@ class MetadataHint {
  public:
   MetadataHint() = default;
   explicit MetadataHint(const at::Tensor& tensor)
-      : tensor_(tensor.unsafeGetTensorImpl()),
-        storage_(tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl()) {}
+      : tensor_(tensor.unsafeGetTensorImpl()), storage_(&storage_of(tensor)) {}
 
   SGDR_INLINE void prefetch() const {
     constexpr size_t kCacheLine = 64;

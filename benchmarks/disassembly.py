@@ -232,10 +232,18 @@ def disassembled(cubin: Path) -> MachineCode:
 
 
 def code_of_library(library: Path) -> list[MachineCode]:
-    """Reads each cubin in a shared library."""
+    """Reads each kernel of each cubin in a shared library."""
     with tempfile.TemporaryDirectory() as folder:
         _output("cuobjdump", "--extract-elf", "all", str(library.resolve()), folder=folder)
-        return [disassembled(cubin) for cubin in sorted(Path(folder).glob("*.cubin"))]
+        texts = [_output("nvdisasm", str(cubin)) for cubin in sorted(Path(folder).glob("*.cubin"))]
+    return [read(kernel) for text in texts for kernel in kernels_of(text)]
+
+
+def kernels_of(text: str) -> list[str]:
+    """Splits a cubin's disassembly: kernels have shared memory of different alignment."""
+    head, *sections = re.split(r"^(?=\s*\.section\s)", text, flags=re.M)
+    names = re.findall(r"^\s*\.section\s+\.text\.([^,\s]+)", text, re.M)
+    return [head + "".join(s for s in sections if f".{name}" in s.split(",")[0]) for name in names]
 
 
 def _output(name: str, *arguments: str, folder: str | None = None) -> str:
